@@ -1,0 +1,211 @@
+"""
+Dataset row -> the three prompts that one completion is scored under.
+
+```text
+question        what the student sees; untouched              student pi_theta, base P_0
+teacher         question and reference in the last user turn  privileged teacher pi_T
+reference_only  reference, no question-bearing turn           reference-only probe pi_ref
+```
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from .errors import InputError
+
+
+Prompt: TypeAlias = str | list[dict[str, Any]]
+
+_PLACEHOLDER = re.compile(r"\{(question|reference)\}")
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """
+    The three prompts of one row, in the dataset's own format (text, or a list of messages).
+
+    Attributes:
+        question (`str` or `list[dict]`):
+            The student's prompt. Holds no text of the reference.
+        teacher (`str` or `list[dict]`):
+            The privileged teacher's prompt: question and reference.
+        reference_only (`str` or `list[dict]`):
+            The reference-only probe's prompt: the reference without the question.
+    """
+
+    question: Prompt
+    teacher: Prompt
+    reference_only: Prompt
+
+
+def fill_template(template: str, **values: str) -> str:
+    r"""
+    Replaces `{question}` and `{reference}` in one pass.
+
+    Unlike `str.format`, every other brace is literal (`\boxed{}` needs no escaping), and a placeholder that occurs in
+    the data is not filled again.
+
+    Args:
+        template (`str`):
+            Text with placeholders.
+        values (`str`):
+            Text for each placeholder that occurs.
+
+    Returns:
+        `str`: the filled template.
+    """
+    return _PLACEHOLDER.sub(lambda match: values[match.group(1)], template)
+
+
+def content_text(content: Any, column: str) -> str:
+    """
+    Text of a message's content, which is a string or a list of `{"type": "text"}` parts.
+
+    Args:
+        content (`str` or `list[dict]` or `None`):
+            The message's content.
+        column (`str`):
+            Column the value comes from, for the error.
+
+    Returns:
+        `str`: the text; parts are joined without a separator.
+
+    Raises:
+        `InputError`: for parts that are not text (images are not supported), or another type.
+    """
+    if isinstance(content, str):
+        return content
+    if content is None:
+        return ""
+    if isinstance(content, Sequence):
+        kinds = {part.get("type") for part in content}
+        if kinds <= {"text"}:
+            return "".join(part["text"] for part in content)
+        raise InputError(
+            f"column `{column}`: only text can be distilled, but a message holds parts of type "
+            f"{', '.join(sorted(str(kind) for kind in kinds - {'text'}))}. Remove these rows or parts."
+        )
+    raise InputError(
+        f"column `{column}`: message content must be a string or a list of parts, got {type(content).__name__}."
+    )
+
+
+def reference_text(reference: Any, column: str) -> str:
+    """
+    The worked solution as text.
+
+    Args:
+        reference (`str` or `list[dict]`):
+            A string, or messages whose contents are joined by an empty line.
+        column (`str`):
+            Column the value comes from, for the error.
+
+    Returns:
+        `str`: non-empty text.
+
+    Raises:
+        `InputError`: if the reference is missing, `None`, empty, blank, or of another type.
+    """
+    if isinstance(reference, str):
+        text = reference
+    elif isinstance(reference, Sequence) and all(isinstance(m, Mapping) and "content" in m for m in reference):
+        text = "\n\n".join(filter(None, (content_text(m["content"], column) for m in reference)))
+    elif reference is None:
+        raise InputError(
+            f"column `{column}`: the reference is None. Every row needs a worked solution; filter such rows out."
+        )
+    else:
+        raise InputError(
+            f"column `{column}`: a reference must be a string or a list of messages, got {type(reference).__name__}."
+        )
+    if not text.strip():
+        raise InputError(
+            f"column `{column}`: the reference is empty. Every row needs a worked solution; filter such rows out."
+        )
+    return text
+
+
+def build_contexts(
+    row: Mapping[str, Any],
+    *,
+    reference_column: str,
+    teacher_prompt_template: str,
+    reference_prompt_template: str,
+) -> Contexts:
+    """
+    Builds the three prompts of one row.
+
+    Conversational prompts: system turns stay in all three. The teacher's last user turn becomes the teacher template
+    filled with that turn and the reference; earlier turns stay. The reference-only prompt is the system turns and one
+    user turn, the reference template: every other turn bears on the question and is dropped. Text prompts become the
+    filled templates.
+
+    Args:
+        row (`Mapping[str, Any]`):
+            Dataset row with `"prompt"` and `reference_column`.
+        reference_column (`str`):
+            Name of the column that holds the worked solution.
+        teacher_prompt_template (`str`):
+            Template with `{question}` and `{reference}`.
+        reference_prompt_template (`str`):
+            Template with `{reference}`.
+
+    Returns:
+        [`Contexts`]
+
+    Raises:
+        `InputError`: if the prompt or the reference cannot be used. The message names the column; the caller, who
+            knows it, puts the row's number in front.
+    """
+    if reference_column not in row:
+        raise InputError(
+            f"no column `{reference_column}`; the row has {', '.join(f'`{c}`' for c in row)}. Set `reference_column` "
+            "to the column that holds the worked solution."
+        )
+    reference = reference_text(row[reference_column], reference_column)
+    prompt = row.get("prompt")
+    reference_prompt = fill_template(reference_prompt_template, reference=reference)
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise InputError("column `prompt`: the prompt is empty.")
+        return Contexts(
+            question=prompt,
+            teacher=fill_template(teacher_prompt_template, question=prompt, reference=reference),
+            reference_only=reference_prompt,
+        )
+    messages = _checked_messages(prompt)
+    last_user = max(i for i, message in enumerate(messages) if message["role"] == "user")
+    question = content_text(messages[last_user]["content"], "prompt")
+    if not question.strip():
+        raise InputError("column `prompt`: the last user turn is empty.")
+    teacher_prompt = fill_template(teacher_prompt_template, question=question, reference=reference)
+    teacher = list(messages)
+    teacher[last_user] = {"role": "user", "content": teacher_prompt}
+    system = [message for message in messages if message["role"] in ("system", "developer")]
+    return Contexts(
+        question=messages,
+        teacher=teacher,
+        reference_only=[*system, {"role": "user", "content": reference_prompt}],
+    )
+
+
+def _checked_messages(prompt: Any) -> list[dict[str, Any]]:
+    if not isinstance(prompt, Sequence) or not all(isinstance(m, Mapping) and "role" in m for m in prompt):
+        kind = "None" if prompt is None else type(prompt).__name__
+        raise InputError(
+            f"column `prompt`: a prompt must be a string or a list of messages with `role` and `content`, got {kind}."
+        )
+    messages = [dict(message) for message in prompt]
+    for message in messages:
+        content_text(message.get("content"), "prompt")
+    roles = [message["role"] for message in messages]
+    if "user" not in roles:
+        raise InputError(f"column `prompt`: the prompt has no user turn (roles: {', '.join(roles) or 'none'}).")
+    if roles[-1] == "assistant":
+        raise InputError(
+            "column `prompt`: the prompt ends in an assistant turn. The student writes that turn itself: end the "
+            "prompt with a user turn and move the solution to the reference column."
+        )
+    return messages

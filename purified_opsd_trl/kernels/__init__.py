@@ -1,0 +1,18 @@
+"""Fused kernels of the token loss; `purified_opsd_trl.loss` is their public face."""
+
+from .fused import AttachGradient, Problem, Solution, TargetLogits, buffers_per_token, solve
+from .projection import Projector
+from .rows import RowSettings, RowStats
+
+
+__all__ = [
+    "AttachGradient",
+    "Problem",
+    "Projector",
+    "RowSettings",
+    "RowStats",
+    "Solution",
+    "TargetLogits",
+    "buffers_per_token",
+    "solve",
+]

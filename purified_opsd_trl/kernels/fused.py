@@ -1,0 +1,302 @@
+"""
+The fused token loss: chunks of tokens through projection, row transform and the products of the gradient.
+
+A chunk of n tokens keeps its whole rows `[n, V]` for the few buffers it needs, so that nothing is projected twice: three
+products form the logits (student, base, and the difference of teacher and reference-only states), one takes the gradient
+back to the hidden states, and a trainable head adds one. The loss's per-token weights are known here, so the backward
+pass has only a scalar left to multiply.
+
+Shapes: N tokens, n tokens of one chunk, V vocabulary entries, H hidden units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .projection import Projector, add_to_weight, back_to_hidden, operand_dtype, project
+from .rows import LN2, LOG2E, RowSettings, RowStats, divergence_rows, sampled_rows
+
+
+TargetLogits = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+# A mask of -inf in custom target logits would turn 0 * inf into NaN; this is as good and finite.
+_LOWEST = -1e30
+
+
+@dataclass(frozen=True)
+class Problem:
+    """
+    One call of the fused loss, without what needs a gradient.
+
+    Args:
+        states (`dict[str, torch.Tensor]`):
+            Frozen hidden states `[N, H]` by name, in the order of projection: `base` and `delta`; or `teacher`, with
+            `base` where its metric is wanted; or `base`, `teacher` and `reference_only`.
+        student, frozen ([`~kernels.projection.Projector`]):
+            The two heads.
+        weights (`torch.Tensor` of shape `[N]`):
+            Weight of each token in the loss.
+        rows ([`~kernels.rows.RowSettings`]):
+            Settings of the row transforms.
+        chunk_size (`int`):
+            Tokens of one chunk.
+        center (`bool`):
+            Whether `Delta_it` is centred.
+        labels (`torch.Tensor` of shape `[N]`, *optional*):
+            Sampled tokens; given, the loss is the sampled-token loss.
+        target_logits (`Callable`, *optional*):
+            Custom target.
+    """
+
+    states: dict[str, Tensor]
+    student: Projector
+    frozen: Projector
+    weights: Tensor
+    rows: RowSettings
+    chunk_size: int
+    center: bool = True
+    labels: Tensor | None = None
+    target_logits: TargetLogits | None = None
+
+
+@dataclass
+class Solution:
+    """Loss, per-token results and, where asked for, the gradients (of the loss divided by `grad_unit`)."""
+
+    loss: Tensor
+    stats: RowStats
+    at_label: dict[str, Tensor] = field(default_factory=dict)
+    grad_unit: Tensor | None = None
+    grads: list[Tensor | None] = field(default_factory=lambda: [None, None, None])
+
+
+def buffers_per_token(names: tuple[str, ...], custom: bool, softcap_grad: bool, cast_grad: bool) -> float:
+    """How many fp32 rows `[V]` a token needs at once: its logits, and what the gradient cannot form in place."""
+    return 1 + len(names) + 2 * custom + softcap_grad + 0.5 * cast_grad
+
+
+@torch.no_grad()
+def solve(hidden: Tensor, problem: Problem, needs: tuple[bool, bool, bool]) -> Solution:
+    """
+    Loss and gradients of one batch of tokens.
+
+    Args:
+        hidden (`torch.Tensor` of shape `[N, H]`):
+            The student's last hidden states.
+        problem ([`Problem`]):
+            Everything else.
+        needs (`tuple[bool, bool, bool]`):
+            Whether the gradients of the hidden states, of the head's weight and of its bias are needed.
+
+    Returns:
+        [`Solution`]
+    """
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _Pass(hidden, problem, needs).run()
+
+
+class _Pass:
+    """Buffers and accumulators of one `solve`."""
+
+    def __init__(self, hidden: Tensor, problem: Problem, needs: tuple[bool, bool, bool]):
+        self.hidden, self.problem, self.needs = hidden, problem, needs
+        self.needs_grad = any(needs)
+        self.operand = operand_dtype(hidden)
+        self.dtype = torch.float64 if self.operand == torch.float64 else torch.float32
+        self.vocab = problem.student.weight.shape[0]
+        count = hidden.shape[0]
+
+        def empty(*shape: int, dtype: torch.dtype = self.dtype) -> Tensor:
+            return torch.empty(shape, device=hidden.device, dtype=dtype)
+
+        n = min(problem.chunk_size, max(count, 1))
+        self.buffer = empty((1 + len(problem.states)) * n, self.vocab)
+        capped = self.needs_grad and problem.student.softcap is not None
+        self.cap_buffer = empty(n, self.vocab) if capped else None
+        cast = self.needs_grad and self.operand != self.dtype
+        self.grad_buffer = empty(n, self.vocab, dtype=self.operand) if cast else None
+
+        purified = "delta" in problem.states or ("reference_only" in problem.states and problem.target_logits is None)
+        self.stats = RowStats(
+            per_token=empty(count),
+            student_entropy=empty(count),
+            target_entropy=empty(count),
+            kl_target_student=empty(count),
+            kl_target_base=empty(count) if "base" in problem.states else None,
+            clip_saturation=empty(count) if purified and problem.rows.pmi_clip is not None else None,
+        )
+        self.at_label: dict[str, list[Tensor]] = {}
+        top = problem.weights.abs().max() if count else problem.weights.new_ones(())
+        self.unit = top.clamp(min=torch.finfo(torch.float32).tiny)
+        self.weights = problem.weights.to(self.dtype) / self.unit
+        shapes = hidden.shape, problem.student.weight.shape, problem.student.weight.shape[:1]
+        self.grads = [empty(*s).zero_() if need else None for s, need in zip(shapes, needs, strict=True)]
+        self.mean_row = problem.frozen.weight.mean(0, dtype=self.dtype) if "delta" in problem.states else None
+
+    def run(self) -> Solution:
+        problem, count = self.problem, self.hidden.shape[0]
+        for start in range(0, count, problem.chunk_size):
+            self._chunk(start, min(start + problem.chunk_size, count))
+        grad_hidden, grad_weight, grad_bias = self.grads
+        if grad_hidden is not None:
+            grad_hidden.mul_(self.weights.unsqueeze(-1))
+        if grad_weight is not None and problem.student.weight.dtype == torch.bfloat16:
+            grad_weight = grad_weight.bfloat16()  # half the memory until the backward, with the range of fp32
+        return Solution(
+            loss=(problem.weights * self.stats.per_token).sum().to(torch.float32),
+            stats=self.stats,
+            at_label={name: torch.cat(parts) for name, parts in self.at_label.items()},
+            grad_unit=self.unit,
+            grads=[grad_hidden, grad_weight, grad_bias],
+        )
+
+    def _chunk(self, start: int, end: int) -> None:
+        student, logits = self._project(start, end)
+        stats = self.stats.rows(start, end)
+        cap = None
+        if self.problem.student.softcap is not None:
+            if self.cap_buffer is not None:
+                cap = self.cap_buffer[: end - start].copy_(student)
+            self.problem.student.uncapped(student)
+
+        target, delta, shift = self._target(logits, stats, start, end)
+        grad = None
+        if self.needs_grad:
+            grad = student if self.grad_buffer is None else self.grad_buffer[: end - start]
+        if self.problem.labels is None:
+            divergence_rows(student, target, delta, shift, self.problem.rows, stats, grad)
+            scale = self.problem.rows.grad_scale
+        else:
+            labels = self.problem.labels[start:end]
+            log_p, log_q = sampled_rows(student, target, delta, shift, labels, self.problem.rows, stats, grad)
+            self._note(student=log_p, target=log_q)
+            scale = 1.0
+        if grad is not None:
+            if cap is not None:
+                grad.mul_(cap.square_().neg_().add_(1.0))
+            self._accumulate(grad, scale * self.problem.student.slope, start, end)
+
+    def _project(self, start: int, end: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits of the chunk; consecutive products with one weight and factor become one."""
+        problem, n = self.problem, end - start
+        names = ["student", *problem.states]
+        hidden = [self.hidden, *problem.states.values()]
+        rows = [h[start:end].to(self.operand) for h in hidden]
+        heads = [problem.student, *(problem.frozen for _ in problem.states)]
+        logits = self.buffer[: len(names) * n].view(len(names), n, self.vocab)
+        if _same(problem.student, problem.frozen):
+            groups = [(0, len(names))]
+        else:
+            groups = [(0, 1), (1, len(names))]
+        for first, last in groups:
+            stacked = torch.cat(rows[first:last]) if last - first > 1 else rows[first]
+            project(stacked, heads[first].weight, heads[first].alpha, logits[first:last].view(-1, self.vocab))
+        for name, head, part in zip(names, heads, logits, strict=True):
+            head.finish(part, bias=name != "delta")
+            if name != "student":
+                head.uncapped(part)
+        return logits[0], dict(zip(names[1:], logits[1:], strict=True))
+
+    def _target(
+        self, logits: dict[str, Tensor], stats: RowStats, start: int, end: int
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Arguments `target`, `delta` and `shift` of the row transform."""
+        problem = self.problem
+        if "delta" in logits:
+            assert self.mean_row is not None
+            mean = problem.states["delta"][start:end].to(self.dtype) @ self.mean_row
+            return logits["base"], logits["delta"], mean * problem.frozen.alpha
+        teacher, reference_only, base = (logits.get(name) for name in ("teacher", "reference_only", "base"))
+        assert teacher is not None
+        if problem.labels is not None:
+            labels = problem.labels[start:end]
+            self._note(teacher=_score(teacher, labels))
+            if reference_only is not None:
+                self._note(reference_only=_score(reference_only, labels))
+        if problem.target_logits is not None:
+            assert reference_only is not None and base is not None
+            target = problem.target_logits(teacher.mul_(LN2), reference_only.mul_(LN2), base.mul_(LN2))
+            target = _checked(target, base).clamp(min=_LOWEST)
+            self._kl_base(target, base, stats)
+            return target.mul_(LOG2E), None, None
+        if reference_only is None or base is None:  # plain self-distillation
+            if base is not None:
+                self._kl_base(teacher * LN2, base * LN2, stats)
+            return teacher, None, None
+        if problem.center:
+            delta = teacher.sub_(reference_only)
+            return base, delta, delta.mean(-1)
+        norms = [torch.logsumexp(x * LN2, -1) * LOG2E for x in (teacher, reference_only)]
+        return base, teacher.sub_(reference_only), norms[0] - norms[1]
+
+    def _kl_base(self, target: Tensor, base: Tensor, stats: RowStats) -> None:
+        """`KL(target || base)` where the row transform does not see the base; natural logits `[n, V]`."""
+        assert stats.kl_target_base is not None
+        log_q = torch.log_softmax(target, -1)
+        stats.kl_target_base.copy_((log_q.exp() * (log_q - torch.log_softmax(base, -1))).sum(-1))
+
+    def _note(self, **scores: Tensor) -> None:
+        for name, score in scores.items():
+            self.at_label.setdefault(name, []).append(score)
+
+    def _accumulate(self, grad: Tensor, alpha: float, start: int, end: int) -> None:
+        weight = self.problem.student.weight
+        grad_hidden, grad_weight, grad_bias = self.grads
+        if grad_hidden is not None:
+            back_to_hidden(grad, weight, alpha, grad_hidden[start:end])
+        weights = self.weights[start:end]
+        if grad_weight is not None:
+            hidden = self.hidden[start:end].to(self.dtype) * weights.unsqueeze(-1)
+            add_to_weight(grad, hidden.to(grad.dtype), alpha, grad_weight)
+        if grad_bias is not None:
+            grad_bias.addmv_(grad.to(self.dtype).t(), weights, alpha=alpha)
+
+
+class AttachGradient(torch.autograd.Function):
+    """The identity on a loss whose gradients are already known; the backward multiplies them by one scalar."""
+
+    @staticmethod
+    def forward(ctx, loss, grad_unit, grads, *inputs):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(grad_unit, *(g for g in grads if g is not None))
+        ctx.present = [g is not None for g in grads]
+        ctx.dtypes = [None if x is None else x.dtype for x in inputs]
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss):  # type: ignore[no-untyped-def]
+        grad_unit, *saved = ctx.saved_tensors
+        scale = grad_loss * grad_unit
+        grads = iter(saved)
+        return None, None, None, *(
+            (next(grads) * scale).to(dtype) if present else None
+            for present, dtype in zip(ctx.present, ctx.dtypes, strict=True)
+        )
+
+
+def _same(a: Projector, b: Projector) -> bool:
+    one, two = a.weight, b.weight
+    same_weight = one is two or (
+        one.data_ptr() == two.data_ptr()
+        and (one.shape, one.stride(), one.dtype) == (two.shape, two.stride(), two.dtype)
+    )
+    return same_weight and a.alpha == b.alpha
+
+
+def _score(logits: Tensor, labels: Tensor) -> Tensor:
+    """Log-probability of each row's label, `[n]` in nats, of logits in bits."""
+    return torch.log_softmax(logits * LN2, -1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+
+
+def _checked(target: Tensor, base: Tensor) -> Tensor:
+    if target.shape != base.shape:
+        raise ValueError(
+            f"target_logits must return a tensor of shape {tuple(base.shape)}, like its arguments, not "
+            f"{tuple(target.shape)}."
+        )
+    return target.to(base.dtype)

@@ -1,0 +1,374 @@
+"""
+The self-teacher: one frozen model scores each completion under three contexts.
+
+Shapes: `B` rows of the generation batch, `C` longest completion, `H` hidden size, `V` vocabulary.
+
+Scoring runs once a generation batch, right after the rollout, without gradient and in evaluation mode. Only the last
+hidden states are kept; the loss projects them chunk by chunk.
+"""
+
+import copy
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import is_peft_model
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from trl.models import prepare_deepspeed
+from trl.trainer.utils import create_model_from_path, use_adapter
+
+from .errors import InputError
+from .loss import LMHead, gathered_heads
+
+
+if TYPE_CHECKING:
+    from .collator import ScoringBatch
+    from .trainer import PurifiedOPSDTrainer
+
+
+logger = logging.getLogger(__name__)
+
+# LoRA initialisations that also change the base weights: with the adapter disabled they are not the initial policy
+_INITS_THAT_MOVE_THE_BASE = ("pissa", "olora", "corda", "loftq")
+
+
+@dataclass(frozen=True)
+class ScoringStats:
+    """
+    Cost of one scoring pass on this process.
+
+    Attributes:
+        tokens (`int`):
+            Tokens scored, prompts included, all contexts.
+        padded_tokens (`int`):
+            The same with padding.
+        forwards (`int`):
+            Forward passes of the frozen model.
+        seconds (`float`):
+            Wall-clock time in seconds.
+    """
+
+    tokens: int
+    padded_tokens: int
+    forwards: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class TeacherScores:
+    """
+    Hidden states of the frozen model under each context, aligned to the completion tokens.
+
+    Attributes:
+        hidden (`dict[str, torch.Tensor]`):
+            Last hidden states `[B, C, H]` by context (`"base"`, `"teacher"`, `"reference_only"`): position t holds the
+            state from which token t of the completion is predicted. Zero at padding.
+        completion_mask (`torch.Tensor` of shape `[B, C]`):
+            True at completion tokens.
+        head ([`LMHead`]):
+            The frozen model's output projection.
+        temperature (`float`):
+            Sampling temperature that divides the logits.
+        stats ([`ScoringStats`]):
+            What the pass cost.
+    """
+
+    hidden: dict[str, torch.Tensor]
+    completion_mask: torch.Tensor
+    head: LMHead
+    temperature: float
+    stats: ScoringStats
+
+    def log_probs(self, token_ids: torch.Tensor, context: str) -> torch.Tensor:
+        """
+        Log-probabilities of any tokens under one context.
+
+        Args:
+            token_ids (`torch.Tensor` of shape `[B, C]` or `[B, C, K]`):
+                Token ids: one, or K alternatives, at each position.
+            context (`str`):
+                `"base"`, `"teacher"` or `"reference_only"`.
+
+        Returns:
+            `torch.Tensor` of the shape of `token_ids`: nats, fp32; 0 at padding.
+        """
+        hidden = self.hidden[context]
+        ids = token_ids if token_ids.dim() == 3 else token_ids.unsqueeze(-1)
+        result = torch.zeros(ids.shape, dtype=torch.float32, device=hidden.device)
+        with torch.no_grad(), gathered_heads(self.head):
+            for row, mask in enumerate(self.completion_mask):
+                logits = self.head.logits(hidden[row, mask]) / self.temperature
+                result[row, mask] = torch.log_softmax(logits, dim=-1).gather(-1, ids[row, mask].to(logits.device))
+        return result.view(token_ids.shape)
+
+    def contrast(self, token_ids: torch.Tensor, context: str, without: str) -> torch.Tensor:
+        """
+        Log-ratio of any tokens between two contexts.
+
+        `contrast(ids, "teacher", "base")` is what the reference adds to the question; `contrast(ids, "teacher",
+        "reference_only")` is what the question adds to the reference (Delta_it, Eq. 4).
+
+        Args:
+            token_ids (`torch.Tensor` of shape `[B, C]` or `[B, C, K]`):
+                Token ids.
+            context (`str`):
+                Context in the numerator.
+            without (`str`):
+                Context in the denominator.
+
+        Returns:
+            `torch.Tensor` of the shape of `token_ids`: nats; 0 at padding.
+        """
+        return self.log_probs(token_ids, context) - self.log_probs(token_ids, without)
+
+
+class TeacherScoringCallback(TrainerCallback):
+    """
+    Owns the self-teacher and scores completions with it.
+
+    | `teacher_model_kind` | LoRA | full fine-tuning |
+    |---|---|---|
+    | `base` | the model under the disabled adapter | a frozen copy |
+    | `live` | the student itself | the student itself |
+
+    Subclass it to score with other weights: override `frozen_model` (which model runs), or `score` (how). It is an
+    ordinary [`~transformers.TrainerCallback`]: its events see every step.
+    """
+
+    def __init__(self) -> None:
+        self.trainer: PurifiedOPSDTrainer | None = None
+        self.teacher_model: torch.nn.Module | None = None
+
+    def attach(self, trainer: "PurifiedOPSDTrainer", model_path: str | None) -> None:
+        """
+        Sets the self-teacher up. Called once by the trainer, before its model is wrapped or sharded for training.
+
+        Args:
+            trainer ([`PurifiedOPSDTrainer`]):
+                The trainer.
+            model_path (`str` or `None`):
+                Model id or path that the student was loaded from; `None` if it was passed as an instance.
+
+        Raises:
+            `InputError`: if the initial policy cannot be recovered from the model as configured, or if the teacher's
+                vocabulary is not the student's.
+        """
+        self.trainer = trainer
+        args = trainer.args
+        if args.teacher_model_kind == "live":
+            return
+        if args.teacher_model_name_or_path is None and is_peft_model(trainer.model):
+            _check_adapter_can_be_disabled(trainer.model)
+            return
+        teacher = self._load_frozen(model_path)
+        student_vocab = trainer.model.config.get_text_config().vocab_size
+        teacher_vocab = teacher.config.get_text_config().vocab_size
+        if student_vocab != teacher_vocab:
+            raise InputError(
+                f"The student has a vocabulary of {student_vocab} tokens but the teacher has {teacher_vocab}. The "
+                "divergence needs one vocabulary: take a teacher of the same family, or the student's own weights by "
+                "leaving `teacher_model_name_or_path` unset."
+            )
+        teacher.requires_grad_(False)
+        teacher.eval()
+        if trainer.is_deepspeed_enabled:
+            self.teacher_model = prepare_deepspeed(teacher, trainer.accelerator)
+        else:
+            self.teacher_model = trainer.accelerator.prepare_model(teacher, evaluation_mode=True)
+
+    def _load_frozen(self, model_path: str | None) -> PreTrainedModel:
+        assert self.trainer is not None
+        args, model = self.trainer.args, self.trainer.model
+        if args.teacher_model_name_or_path is not None:
+            model_path = args.teacher_model_name_or_path
+            kwargs: dict[str, Any] = {**(args.teacher_model_init_kwargs or {})}  # type: ignore[dict-item]
+            if args.teacher_model_revision is not None:
+                kwargs.setdefault("revision", args.teacher_model_revision)
+        else:
+            kwargs = {**(args.model_init_kwargs or {})}  # type: ignore[dict-item]
+        if model_path is None:
+            if is_deepspeed_zero3_enabled():
+                raise InputError(
+                    "Under ZeRO-3 a frozen copy cannot be taken from a model instance, whose weights are sharded. "
+                    "Pass the model id or path instead of the instance, or set `teacher_model_name_or_path`."
+                )
+            return copy.deepcopy(model)
+        if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+            kwargs["device_map"] = None
+        kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+        return create_model_from_path(model_path, **kwargs)
+
+    @contextmanager
+    def frozen_model(self) -> Iterator[tuple[Any, Any]]:
+        """
+        The model that scores, in evaluation mode, as `(wrapped, unwrapped)`.
+
+        The wrapped one is what DDP, FSDP or DeepSpeed made of it; its forward must be entered so that sharded
+        parameters are gathered.
+        """
+        assert self.trainer is not None
+        trainer = self.trainer
+        if self.teacher_model is not None:
+            yield self.teacher_model, trainer.accelerator.unwrap_model(self.teacher_model)
+            return
+        wrapped = trainer.model_wrapped
+        unwrapped = trainer.accelerator.unwrap_model(wrapped)
+        was_training = unwrapped.training
+        unwrapped.eval()  # dropout off; gradient checkpointing off
+        try:
+            if trainer.args.teacher_model_kind == "base":
+                with use_adapter(unwrapped, None):
+                    yield wrapped, unwrapped
+            else:
+                yield wrapped, unwrapped
+        finally:
+            unwrapped.train(was_training)
+
+    def frozen_head(self, student: Any) -> LMHead:
+        """
+        The frozen model's output projection, read where the loss uses it (sharding may have moved it since scoring).
+
+        Args:
+            student ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+                The unwrapped student.
+
+        Returns:
+            [`LMHead`]
+        """
+        assert self.trainer is not None
+        if self.teacher_model is not None:
+            return LMHead.from_model(self.trainer.accelerator.unwrap_model(self.teacher_model))
+        is_copied = hasattr(student.get_output_embeddings(), "original_module")  # a head in PEFT's `modules_to_save`
+        if is_copied and self.trainer.args.teacher_model_kind == "base":
+            with use_adapter(student, None):
+                return LMHead.from_model(student)
+        return LMHead.from_model(student)
+
+    def score(self, prompt_ids: dict[str, list[list[int]]], completion_ids: list[list[int]]) -> TeacherScores:
+        """
+        Scores every completion under every context given.
+
+        Args:
+            prompt_ids (`dict[str, list[list[int]]]`):
+                Prompt ids of the B rows, by context (`"base"`, `"teacher"`, `"reference_only"`).
+            completion_ids (`list[list[int]]`):
+                Completion ids of the B rows.
+
+        Returns:
+            [`TeacherScores`]
+
+        Raises:
+            `FloatingPointError`: if a score is NaN or infinite, on any process. The message names step, row and
+                context. Checkpoints already written are untouched.
+        """
+        assert self.trainer is not None
+        started = time.perf_counter()
+        batches = self._agreed_batches(prompt_ids, completion_ids)
+        accelerator = self.trainer.accelerator
+        device = torch.device("cpu") if self.trainer.args.offload_scores else accelerator.device
+        lengths = torch.tensor([len(ids) for ids in completion_ids], device=device)
+        mask = torch.arange(int(lengths.max()), device=device) < lengths.unsqueeze(1)
+        hidden: dict[str, torch.Tensor] = {}
+        finite: list[torch.Tensor] = []
+        with self.frozen_model() as (wrapped, unwrapped), torch.no_grad(), accelerator.autocast():
+            head = LMHead.from_model(unwrapped)
+            for batch in batches:
+                states = self._forward(wrapped, unwrapped, batch)
+                finite.append(_scatter(states, batch, hidden, mask))
+        self._check_finite(batches, finite)
+        stats = ScoringStats(
+            tokens=sum(int(batch.attention_mask.sum()) for batch in batches),
+            padded_tokens=sum(batch.input_ids.numel() for batch in batches),
+            forwards=len(batches),
+            seconds=time.perf_counter() - started,
+        )
+        return TeacherScores(hidden, mask, head, self.trainer.temperature, stats)
+
+    def _agreed_batches(
+        self, prompt_ids: dict[str, list[list[int]]], completion_ids: list[list[int]]
+    ) -> list["ScoringBatch"]:
+        assert self.trainer is not None
+        collator, accelerator = self.trainer.purification_collator, self.trainer.accelerator
+        batches = collator.scoring_batches(prompt_ids, completion_ids)
+        if accelerator.num_processes > 1:
+            # Sharded parameters are gathered by all processes together: one forward more on one of them would hang
+            count = torch.tensor([len(batches)], device=accelerator.device)
+            most = int(accelerator.gather(count).max())
+            if len(batches) < most:
+                batches = collator.scoring_batches(prompt_ids, completion_ids, num_batches=most)
+        return batches
+
+    def _forward(self, wrapped: torch.nn.Module, unwrapped: torch.nn.Module, batch: "ScoringBatch") -> torch.Tensor:
+        assert self.trainer is not None
+        device = self.trainer.accelerator.device
+        return self.trainer._forward_redirection(
+            wrapped,
+            unwrapped,
+            self.trainer._get_last_hidden_state,
+            unwrapped,
+            batch.input_ids.to(device),
+            batch.attention_mask.to(device),
+            max(batch.completion_lengths),
+        )
+
+    def _check_finite(self, batches: list["ScoringBatch"], finite: list[torch.Tensor]) -> None:
+        assert self.trainer is not None
+        accelerator, step = self.trainer.accelerator, self.trainer.state.global_step
+        bad = [
+            f"row {row} under the {context} context"
+            for batch, flags in zip(batches, finite, strict=True)
+            for row, context, good in zip(batch.rows, batch.contexts, flags.tolist(), strict=True)
+            if not good
+        ]
+        anywhere = accelerator.gather(torch.tensor([len(bad)], device=accelerator.device)).sum().item()
+        if anywhere:
+            named = "; ".join(sorted(set(bad))[:4]) or "rows of other processes"
+            raise FloatingPointError(
+                f"Step {step}: the scores are NaN or infinite for {named} of the generation batch (process "
+                f"{accelerator.process_index}). Training stops before the update; checkpoints in "
+                f"{self.trainer.args.output_dir} are kept. Check the model's dtype (fp16 overflows easily: use bf16) "
+                "and whether the weights are finite."
+            )
+
+
+def _scatter(
+    states: torch.Tensor, batch: "ScoringBatch", hidden: dict[str, torch.Tensor], mask: torch.Tensor
+) -> torch.Tensor:
+    """Copies each sequence's completion states to its row; returns per sequence whether all of them are finite."""
+    finite = []
+    for i, (context, row, length) in enumerate(zip(batch.contexts, batch.rows, batch.completion_lengths, strict=True)):
+        if context not in hidden:
+            hidden[context] = torch.zeros(*mask.shape, states.shape[-1], dtype=states.dtype, device=mask.device)
+        completion = states[i, states.shape[1] - length :]
+        hidden[context][row, :length] = completion.to(mask.device)
+        finite.append(torch.isfinite(completion).all())
+    return torch.stack(finite)
+
+
+def _check_adapter_can_be_disabled(model: Any) -> None:
+    """Refuses adapters under which a disabled adapter is not the initial policy; warns where it may not be."""
+    for name, config in model.peft_config.items():
+        init = getattr(config, "init_lora_weights", True)
+        if isinstance(init, str) and init.lower().startswith(_INITS_THAT_MOVE_THE_BASE):
+            raise InputError(
+                f"`init_lora_weights={init!r}` of adapter `{name}` changes the base weights, so the model under the "
+                "disabled adapter is not the initial policy. Use the default initialisation, or set "
+                "`teacher_model_name_or_path` to the original model."
+            )
+        if getattr(config, "bias", "none") != "none":
+            raise InputError(
+                f"`bias={config.bias!r}` of adapter `{name}` trains biases of the base model, which disabling the "
+                "adapter does not restore. Set `bias` to 'none', or `teacher_model_name_or_path` to the original "
+                "model."
+            )
+    trained = any(p.any() for n, p in model.named_parameters() if "lora_B" in n and p.numel() and not p.is_meta)
+    if trained:
+        logger.warning(
+            "The model already holds a trained adapter. `teacher_model_kind: base` takes the weights under the "
+            "disabled adapter, not the model as passed. To anchor on the model as passed, merge its adapter first."
+        )

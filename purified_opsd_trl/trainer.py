@@ -1,0 +1,448 @@
+"""
+`PurifiedOPSDTrainer`: wires the stages together and inherits everything else from TRL.
+
+```text
+row -> contexts -> (TRL rollout) -> collator -> scoring -> loss -> metrics
+```
+"""
+
+import logging
+import textwrap
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import IterableDataset
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from trl import DistillationTrainer
+from trl.trainer.utils import get_config_model_id
+
+from .collator import PurificationCollator
+from .config import PurifiedOPSDConfig
+from .contexts import Contexts, Prompt, build_contexts
+from .dataset import AnyDataset, ReferenceLimit, check_columns, prepare_dataset
+from .errors import InputError
+from .loss import FrozenStates, LMHead, LossSettings, TokenLoss, required_states, token_loss
+from .purification import purified_target_logits
+from .scoring import TeacherScores, TeacherScoringCallback
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+
+    from .scoring import ScoringStats
+
+
+logger = logging.getLogger(__name__)
+
+
+class PurifiedOPSDTrainer(DistillationTrainer):
+    """
+    Trainer for purified on-policy self-distillation (arXiv 2607.02234).
+
+    The student samples a completion from the question alone. The same model, frozen, scores that completion token by
+    token under three contexts: question and reference (teacher), reference alone (reference-only probe), question
+    alone (base). What the reference alone induces is removed from the teacher's signal; the rest, a pointwise mutual
+    information, tilts the base distribution into the target, and the student is trained towards it:
+
+    ```text
+    delta  = log pi_T - log pi_ref               centred over the vocabulary, then c * tanh(delta / c)
+    target = softmax(log P_0 + delta / pmi_beta)
+    loss   = divergence(student, target)         mean over the completion tokens of the global batch
+    ```
+
+    `args.target="teacher"` distils `pi_T` itself: plain OPSD, the baseline, by the same code path.
+
+    Three methods are meant to be overridden: [`~PurifiedOPSDTrainer.build_contexts`],
+    [`~PurifiedOPSDTrainer.target_logits`], and the methods of a [`TeacherScoringCallback`] passed as
+    `scoring_callback`.
+
+    Example:
+
+    ```python
+    >>> from purified_opsd_trl import PurifiedOPSDTrainer
+    >>> from datasets import load_dataset
+
+    >>> dataset = load_dataset("json", data_files="problems.jsonl", split="train")  # columns: prompt, reference
+    >>> trainer = PurifiedOPSDTrainer(model="Qwen/Qwen3-0.6B", train_dataset=dataset)
+    >>> trainer.train()
+    ```
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Student, and its own teacher: a model id, a path or an instance.
+        args ([`PurifiedOPSDConfig`], *optional*):
+            Configuration for this trainer. If `None`, a default configuration is used.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Dataset with the columns `"prompt"` and `args.reference_column`, each text or messages.
+        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict`, *optional*):
+            Dataset(s) to evaluate on, with the same columns.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer. If `None`, it is loaded from the model's name.
+        callbacks (list of [`~transformers.TrainerCallback`], *optional*):
+            Further callbacks.
+        optimizers (`tuple`, *optional*, defaults to `(None, None)`):
+            Optimizer and scheduler.
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            Quantization of a model given by name; with `peft_config` for QLoRA.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            PEFT configuration used to wrap the model.
+        tools (list of `Callable`, *optional*):
+            Tools the student may call during the rollout. Tokens of tool results carry no loss.
+        scoring_callback ([`TeacherScoringCallback`], *optional*):
+            Scores completions with the self-teacher.
+        purification_collator ([`PurificationCollator`], *optional*):
+            Builds scoring batches and training tensors.
+    """
+
+    args: PurifiedOPSDConfig
+    model: Any  # a PreTrainedModel or PeftModel; transformers' annotation admits None
+
+    _tag_names = ["trl", "purified-opsd"]
+    _name = "Purified OPSD"
+    _paper = {
+        "title": "Purified OPSD: On-Policy Self-Distillation Without Losing How to Think",
+        "id": "2607.02234",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @article{purifiedopsd2026,
+                title        = {{Purified OPSD: On-Policy Self-Distillation Without Losing How to Think}},
+                year         = 2026,
+                eprint       = {arXiv:2607.02234},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | PeftModel",
+        args: PurifiedOPSDConfig | None = None,
+        train_dataset: AnyDataset | None = None,
+        eval_dataset: AnyDataset | dict[str, AnyDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: "BitsAndBytesConfig | None" = None,
+        peft_config: "PeftConfig | None" = None,
+        tools: list[Callable[..., Any]] | None = None,
+        scoring_callback: TeacherScoringCallback | None = None,
+        purification_collator: PurificationCollator | None = None,
+    ):
+        if args is None:
+            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = PurifiedOPSDConfig(f"{model_name.split('/')[-1]}-Purified-OPSD")
+        if not isinstance(args, PurifiedOPSDConfig):
+            raise InputError(f"`args` must be a PurifiedOPSDConfig, got {type(args).__name__}.")
+        for name, dataset in _named_datasets(train_dataset, eval_dataset):
+            check_columns(dataset, name, args.reference_column)  # before the model is loaded
+
+        self.scoring_callback = scoring_callback or TeacherScoringCallback()
+        super().__init__(
+            model=model,
+            teacher_model=None,  # the model is its own teacher; see `TeacherScoringCallback`
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=[*(callbacks or []), self.scoring_callback],
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            tools=tools,
+        )
+        self.purification_collator = purification_collator or PurificationCollator(
+            pad_token_id=self._tokenizer.pad_token_id,
+            max_sequences=args.scoring_batch_size or args.per_device_train_batch_size,
+            max_tokens=args.scoring_token_budget,
+            pad_to_multiple_of=self.pad_to_multiple_of,  # type: ignore[arg-type]  # "auto" is resolved by the config
+        )
+        self.loss_settings = LossSettings(
+            target=args.target,
+            loss_type=args.loss_type,
+            beta=args.beta,
+            temperature=args.temperature,
+            pmi_beta=args.pmi_beta,
+            pmi_clip=args.pmi_clip,
+            pmi_center=args.pmi_center,
+            kl_clip=args.kl_clip,
+            chunk_size=args.loss_chunk_size,
+            memory_budget=args.loss_memory_budget * 2**20,
+        )
+        # A subclass that brings its own target gets full logits, chunk by chunk; the fused algebra is not its own
+        self._has_custom_target = type(self).target_logits is not PurifiedOPSDTrainer.target_logits
+        self._token_metrics: dict[str, torch.Tensor] = {}
+        self._metric_sums: dict[str, dict[str, list[float]]] = {"train": {}, "eval": {}}
+        self._prepare_datasets()
+        self.scoring_callback.attach(self, model if isinstance(model, str) else None)
+
+    # Data ------------------------------------------------------------------------------------------------------------
+
+    def _prepare_datasets(self) -> None:
+        args, context = self.args, _context_length(self.model)
+        if context is not None and args.max_completion_length >= context:
+            raise InputError(
+                f"`max_completion_length` ({args.max_completion_length} tokens) leaves no room for a prompt in the "
+                f"model's context of {context} tokens. Lower it."
+            )
+        self._reference_limit = ReferenceLimit(
+            tokenizer=self._tokenizer,
+            tokenize=self._tokenize_teacher_prompts,
+            build_contexts=self.build_contexts,
+            reference_column=args.reference_column,
+            max_reference_length=args.max_reference_length,
+            max_prompt_length=None if context is None else context - args.max_completion_length,
+        )
+
+        def prepare(dataset: AnyDataset, name: str) -> AnyDataset:
+            return prepare_dataset(
+                dataset,
+                name,
+                limit=self._reference_limit,
+                policy=args.overlong_reference,
+                report=self.accelerator.print,
+                show_progress=self.accelerator.is_local_main_process and not args.disable_tqdm,
+            )
+
+        if self.train_dataset is not None:
+            self.train_dataset = prepare(self.train_dataset, "train_dataset")
+        if isinstance(self.eval_dataset, Mapping):
+            self.eval_dataset = {
+                key: prepare(dataset, f"eval_dataset[{key!r}]") for key, dataset in self.eval_dataset.items()
+            }
+        elif self.eval_dataset is not None:
+            self.eval_dataset = prepare(self.eval_dataset, "eval_dataset")
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns: list[str] = self._signature_columns or []
+        self._signature_columns = list(dict.fromkeys([*columns, self.args.reference_column]))  # type: ignore[assignment]
+
+    def build_contexts(self, row: Mapping[str, Any]) -> Contexts:
+        """
+        Builds the three prompts of one dataset row. Override it to word or arrange them differently.
+
+        Args:
+            row (`Mapping[str, Any]`):
+                Dataset row with all its columns.
+
+        Returns:
+            [`Contexts`]: `question` must be the row's prompt (the student has seen it); `teacher` and
+            `reference_only` are yours.
+
+        Raises:
+            `InputError`: if the row cannot be used.
+        """
+        return build_contexts(
+            row,
+            reference_column=self.args.reference_column,
+            teacher_prompt_template=self.args.teacher_prompt_template,
+            reference_prompt_template=self.args.reference_prompt_template,
+        )
+
+    def _tokenize_teacher_prompts(self, prompts: list[Prompt]) -> list[list[int]]:
+        # TRL renders with the student's kwargs; the teacher may have its own (thinking on or off)
+        student_kwargs = self.chat_template_kwargs
+        if self.args.teacher_chat_template_kwargs is not None:
+            self.chat_template_kwargs = self.args.teacher_chat_template_kwargs
+        try:
+            return self._tokenize_prompts(prompts)[0]
+        finally:
+            self.chat_template_kwargs = student_kwargs
+
+    # Rollout and scoring ---------------------------------------------------------------------------------------------
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        mode = "train" if self.model.training else "eval"
+        started = time.perf_counter()
+        output = super()._generate_and_score_completions(inputs)
+        self._metrics[mode]["timing/generation_seconds"].append(time.perf_counter() - started)
+
+        scores = self._score(inputs, output)
+        states = required_states(self.loss_settings, scores.head.linear, self._has_custom_target)
+        device = self.accelerator.device.type
+        dtype = torch.get_autocast_dtype(device) if self.accelerator.native_amp else None
+        output.update(self.purification_collator.training_tensors(scores, states, dtype))
+        self._log_scoring(scores.stats, mode)
+        return output
+
+    def _score(self, rows: list[dict[str, Any]], output: dict[str, Any]) -> TeacherScores:
+        prompt_ids = _unpad(output["prompt_ids"], output["prompt_mask"])
+        completion_ids = _unpad(output["completion_ids"], output["completion_mask"])
+        if isinstance(self.train_dataset if self.model.training else self.eval_dataset, IterableDataset):
+            rows = self._reference_limit.enforce(rows, self.args.overlong_reference, self._where())
+        contexts = [self._contexts_of(row, index) for index, row in enumerate(rows)]
+        by_context = {"teacher": self._tokenize_teacher_prompts([c.teacher for c in contexts])}
+        if self.args.target == "purified" or self._has_custom_target:
+            by_context["base"] = prompt_ids  # the very ids the student saw
+            by_context["reference_only"] = self._tokenize_teacher_prompts([c.reference_only for c in contexts])
+        return self.scoring_callback.score(by_context, completion_ids)
+
+    def _contexts_of(self, row: dict[str, Any], index: int) -> Contexts:
+        try:
+            return self.build_contexts(row)
+        except InputError as error:
+            raise InputError(f"{self._where()}, row {index}, {error}") from None
+
+    def _where(self) -> str:
+        return f"step {self.state.global_step}, generation batch"
+
+    # Loss ------------------------------------------------------------------------------------------------------------
+
+    def target_logits(self, teacher: torch.Tensor, reference_only: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        """
+        Target of the distillation for one chunk of tokens. Override it to distil towards another target.
+
+        An override is called with dense logits (fp32, after temperature, without gradient) chunk by chunk, in place of
+        the fused path; memory stays bounded.
+
+        Args:
+            teacher (`torch.Tensor` of shape `[N, V]`):
+                Logits with question and reference in context.
+            reference_only (`torch.Tensor` of shape `[N, V]`):
+                Logits with the reference alone in context.
+            base (`torch.Tensor` of shape `[N, V]`):
+                Logits with the question alone in context.
+
+        Returns:
+            `torch.Tensor` of shape `[N, V]`: unnormalised log-probabilities.
+        """
+        if self.args.target == "teacher":
+            return teacher
+        return purified_target_logits(
+            teacher,
+            reference_only,
+            base,
+            pmi_beta=self.args.pmi_beta,
+            pmi_clip=self.args.pmi_clip,
+            pmi_center=self.args.pmi_center,
+        )
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        outputs = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        # After the wrapped forward, where a collective cannot get between those of FSDP or DeepSpeed
+        self._reduce_token_metrics("train" if self.model.training else "eval")
+        return outputs
+
+    def _compute_loss(
+        self,
+        unwrapped_student: torch.nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: torch.Tensor | int | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        loss_mask = inputs["completion_mask"]
+        if "tool_mask" in inputs:
+            loss_mask = loss_mask * inputs["tool_mask"]
+        # TRL enters the backbone directly, past the autocast that accelerate puts around `forward`
+        with self.accelerator.autocast():
+            student_hidden = self._get_last_hidden_state(
+                unwrapped_student, input_ids, attention_mask, inputs["completion_ids"].size(1)
+            )
+            student_head = LMHead.from_model(unwrapped_student)
+            device = student_head.weight.device
+            valid = loss_mask.to(device).bool()
+            num_tokens = valid.sum()
+            normalizer = num_tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+            started = time.perf_counter()
+            result = token_loss(
+                student_hidden.to(device)[valid],
+                student_head,
+                _frozen_states(inputs, valid),
+                self.scoring_callback.frozen_head(unwrapped_student),
+                (1.0 / torch.as_tensor(normalizer, dtype=torch.float32, device=device)).expand(int(num_tokens)),
+                self.loss_settings,
+                labels=inputs["completion_ids"].to(device)[valid],
+                target_logits=self.target_logits if self._has_custom_target else None,
+            )
+        self._token_metrics = _token_metrics(result, num_tokens, time.perf_counter() - started)
+        return result.loss, result.student_entropy.sum(), num_tokens
+
+    # Metrics ---------------------------------------------------------------------------------------------------------
+
+    def _reduce_token_metrics(self, mode: str) -> None:
+        """Sums over all processes; `log` divides, so that every token of the logging window counts the same."""
+        names = list(self._token_metrics)
+        totals = self.accelerator.reduce(torch.stack([self._token_metrics[n].float() for n in names]), "sum").tolist()
+        sums = dict(zip(names, totals, strict=True))
+        tokens, seconds = sums.pop("tokens"), sums.pop("seconds")
+        self._metrics[mode]["timing/loss_seconds"].append(seconds / self.accelerator.num_processes)
+        for name, total in sums.items():
+            pair = self._metric_sums[mode].setdefault(name, [0.0, 0.0])
+            pair[0] += total
+            pair[1] += tokens
+
+    def _log_scoring(self, stats: "ScoringStats", mode: str) -> None:
+        device = self.accelerator.device
+        counts = torch.tensor([stats.tokens, stats.padded_tokens, stats.seconds], dtype=torch.float32, device=device)
+        tokens, padded, seconds = self.accelerator.reduce(counts, "sum").tolist()
+        seconds /= self.accelerator.num_processes
+        metrics = self._metrics[mode]
+        metrics["scoring/seconds"].append(seconds)
+        metrics["scoring/tokens_per_second"].append(tokens / seconds)
+        metrics["scoring/padding_ratio"].append(padded / tokens)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        for name, (total, tokens) in self._metric_sums[mode].items():
+            if tokens:
+                self._metrics[mode][name] = [total / tokens]
+        self._metric_sums[mode].clear()
+        super().log(logs, start_time)
+
+    def _send_telemetry(self) -> None:
+        """No network call that the user did not ask for: TRL's usage ping is not sent."""
+
+
+def _named_datasets(
+    train_dataset: AnyDataset | None, eval_dataset: AnyDataset | dict[str, AnyDataset] | None
+) -> Iterator[tuple[str, AnyDataset]]:
+    if train_dataset is not None:
+        yield "train_dataset", train_dataset
+    if isinstance(eval_dataset, Mapping):
+        yield from ((f"eval_dataset[{key!r}]", dataset) for key, dataset in eval_dataset.items())
+    elif eval_dataset is not None:
+        yield "eval_dataset", eval_dataset
+
+
+def _context_length(model: Any) -> int | None:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def _unpad(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:
+    return [row[keep].tolist() for row, keep in zip(ids, mask.bool(), strict=True)]
+
+
+def _frozen_states(inputs: dict[str, Any], valid: torch.Tensor) -> FrozenStates:
+    """Picks the frozen states of the tokens that carry loss; `valid` is `[B, C]`."""
+    states = {}
+    for name in ("base", "delta", "teacher", "reference_only"):
+        hidden = inputs.get(f"{name}_hidden")  # [B, <= C, H]: scored without the padding of `pad_to_multiple_of`
+        if hidden is not None:
+            kept = valid[:, : hidden.shape[1]]
+            states[name] = hidden[kept.to(hidden.device)].to(valid.device)
+    return FrozenStates(**states)
+
+
+def _token_metrics(result: TokenLoss, num_tokens: torch.Tensor, seconds: float) -> dict[str, torch.Tensor]:
+    """Sums over this process's tokens, without gradient. Every process has the same keys."""
+    per_token = {
+        "purification/target_entropy": result.target_entropy,
+        "purification/clip_saturation": result.clip_saturation,
+        "purification/kl_target_base": result.kl_target_base,
+        "purification/kl_target_student": result.kl_target_student,
+        "purification/advantage": result.advantage,
+        "purification/advantage_total": result.advantage_total,
+        "purification/advantage_ref": result.advantage_ref,
+        "purification/advantage_it": result.advantage_it,
+    }
+    sums = {name: values.sum() for name, values in per_token.items() if values is not None}
+    sums["tokens"] = num_tokens
+    sums["seconds"] = torch.tensor(seconds, device=num_tokens.device)
+    return sums
