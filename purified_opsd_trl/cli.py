@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         `int`: exit status; 2 for input that cannot be used.
     """
     parser = argparse.ArgumentParser(prog="purified-opsd", description="Purified on-policy self-distillation for TRL.")
-    parser.add_argument("--version", action="version", version=importlib.metadata.version("purified-opsd-trl"))
+    parser.add_argument("--version", action="version", version=importlib.metadata.version("purified_opsd_trl"))
     subparsers = parser.add_subparsers(dest="command", required=True)
     for name, text in _COMMANDS.items():
         subparsers.add_parser(name, help=text, add_help=False)

