@@ -28,7 +28,7 @@ class Contexts:
 
     Attributes:
         question (`str` or `list[dict]`):
-            The student's prompt. Holds no text of the reference.
+            The student's prompt, with contents as text. Holds no text of the reference.
         teacher (`str` or `list[dict]`):
             The privileged teacher's prompt: question and reference.
         reference_only (`str` or `list[dict]`):
@@ -79,14 +79,16 @@ def content_text(content: Any, column: str) -> str:
         return content
     if content is None:
         return ""
-    if isinstance(content, Sequence):
-        kinds = {part.get("type") for part in content}
-        if kinds <= {"text"}:
+    if isinstance(content, Sequence) and all(isinstance(part, Mapping) for part in content):
+        others = {str(part.get("type")) for part in content} - {"text"}
+        if others:
+            raise InputError(
+                f"column `{column}`: only text can be distilled, but a message holds parts of type "
+                f"{', '.join(sorted(others))}. Remove these rows or parts."
+            )
+        if all(isinstance(part.get("text"), str) for part in content):
             return "".join(part["text"] for part in content)
-        raise InputError(
-            f"column `{column}`: only text can be distilled, but a message holds parts of type "
-            f"{', '.join(sorted(str(kind) for kind in kinds - {'text'}))}. Remove these rows or parts."
-        )
+        raise InputError(f"column `{column}`: a part of type text must hold a string under `text`.")
     raise InputError(
         f"column `{column}`: message content must be a string or a list of parts, got {type(content).__name__}."
     )
@@ -139,8 +141,9 @@ def build_contexts(
 
     Conversational prompts: system turns stay in all three. The teacher's last user turn becomes the teacher template
     filled with that turn and the reference; earlier turns stay. The reference-only prompt is the system turns and one
-    user turn, the reference template: every other turn bears on the question and is dropped. Text prompts become the
-    filled templates.
+    user turn, the reference template: every other turn bears on the question and is dropped. Contents given as lists
+    of text parts become text, since chat templates of text models render such lists differently, or not at all. Text
+    prompts become the filled templates.
 
     Args:
         row (`Mapping[str, Any]`):
@@ -192,14 +195,19 @@ def build_contexts(
 
 
 def _checked_messages(prompt: Any) -> list[dict[str, Any]]:
-    if not isinstance(prompt, Sequence) or not all(isinstance(m, Mapping) and "role" in m for m in prompt):
+    def is_message(turn: Any) -> bool:
+        return isinstance(turn, Mapping) and "role" in turn and ("content" in turn or "tool_calls" in turn)
+
+    if not isinstance(prompt, Sequence) or not all(map(is_message, prompt)):
         kind = "None" if prompt is None else type(prompt).__name__
         raise InputError(
             f"column `prompt`: a prompt must be a string or a list of messages with `role` and `content`, got {kind}."
         )
     messages = [dict(message) for message in prompt]
     for message in messages:
-        content_text(message.get("content"), "prompt")
+        text = content_text(message.get("content"), "prompt")
+        if message.get("content") is not None:  # None beside tool calls stays None
+            message["content"] = text
     roles = [message["role"] for message in messages]
     if "user" not in roles:
         raise InputError(f"column `prompt`: the prompt has no user turn (roles: {', '.join(roles) or 'none'}).")

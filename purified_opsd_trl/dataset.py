@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from datasets import Dataset, IterableDataset
+from jinja2 import TemplateError
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -91,6 +92,29 @@ def check_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
+def check_reference(reference: str, column: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """
+    Checks that a reference stays inside the turn it is put into.
+
+    Args:
+        reference (`str`):
+            Text of the worked solution.
+        column (`str`):
+            Its column, for the error.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the student.
+
+    Raises:
+        `InputError`: if it holds a special token; `<|im_end|>`, say, would end the teacher's user turn.
+    """
+    found = next((token for token in tokenizer.all_special_tokens if token in reference), None)
+    if found is not None:
+        raise InputError(
+            f"column `{column}`: the reference holds the special token {found!r}, which would break out of the "
+            "teacher's turn. Remove it from the text."
+        )
+
+
 @dataclass(frozen=True)
 class ReferenceLimit:
     """
@@ -134,31 +158,57 @@ class ReferenceLimit:
         try:
             self.build_contexts(row)
             check_prompt(row["prompt"], self.tokenizer)
+            check_reference(self._reference(row), self.reference_column, self.tokenizer)
         except InputError as error:
             raise InputError(f"{where}, {error}") from None
 
-    def excess(self, rows: list[dict[str, Any]]) -> list[int]:
+    def _reference(self, row: Mapping[str, Any]) -> str:
+        return reference_text(row[self.reference_column], self.reference_column)
+
+    def excess(self, rows: list[dict[str, Any]], where: str = "", first: int = 0) -> list[int]:
         """
         Tokens by which each row is too long, by either limit; 0 where it fits.
 
         Args:
             rows (`list[dict[str, Any]]`):
                 Dataset rows.
+            where (`str`, *optional*):
+                How errors name the rows' origin.
+            first (`int`, *optional*, defaults to `0`):
+                Number of the first row, for errors.
 
         Returns:
             `list[int]`: one number a row, in tokens.
+
+        Raises:
+            `InputError`: if the chat template refuses a prompt, e.g. one with a system turn.
         """
         contexts = [self.build_contexts(row) for row in rows]
-        excess = [0] * len(rows)
-        if self.max_prompt_length is not None:
-            teacher_ids = self.tokenize([c.teacher for c in contexts])
-            excess = [max(0, len(ids) - self.max_prompt_length) for ids in teacher_ids]
+        lengths = self._prompt_lengths(contexts, where, first)
+        limit = self.max_prompt_length
+        excess = [0 if limit is None else max(0, length - limit) for length in lengths]
         if self.max_reference_length is not None:
-            references = [reference_text(row[self.reference_column], self.reference_column) for row in rows]
+            references = [self._reference(row) for row in rows]
             reference_ids = self.tokenizer(text=references, add_special_tokens=False)["input_ids"]
             over = (len(ids) - self.max_reference_length for ids in reference_ids)
             excess = [max(a, b) for a, b in zip(excess, over, strict=True)]
         return excess
+
+    def _prompt_lengths(self, contexts: list[Contexts], where: str, first: int) -> list[int]:
+        """Tokens of the longer of each row's two prompts that hold the reference."""
+        try:
+            teacher = self.tokenize([c.teacher for c in contexts])
+            reference_only = self.tokenize([c.reference_only for c in contexts])
+        except TemplateError as error:
+            if len(contexts) == 1:
+                raise InputError(
+                    f"{where}, row {first}, column `prompt`: the model's chat template refuses these messages "
+                    f"({error}). Many templates know no system turn, or want user and assistant to alternate."
+                ) from error
+            for index, context in enumerate(contexts):  # one of them is the culprit
+                self._prompt_lengths([context], where, first + index)
+            raise
+        return [max(len(a), len(b)) for a, b in zip(teacher, reference_only, strict=True)]
 
     def truncate(self, row: dict[str, Any], where: str) -> dict[str, Any]:
         """
@@ -178,30 +228,34 @@ class ReferenceLimit:
         """
         while (excess := self.excess([row])[0]) > 0:
             # Retokenized text can be a token longer or shorter at the cut, hence the loop
-            text = reference_text(row[self.reference_column], self.reference_column)
-            ids = self.tokenizer(text=text, add_special_tokens=False)["input_ids"]
-            if len(ids) <= excess:
+            shorter = self._without_last_tokens(self._reference(row), excess)
+            if not shorter.strip():
                 raise InputError(
                     f"{where}: the question leaves no room for a reference (limit {self.max_prompt_length} prompt "
-                    "tokens). Lower `max_completion_length` or leave the row out."
+                    f"tokens, {self.max_reference_length} reference tokens). Lower `max_completion_length` or leave "
+                    "the row out."
                 )
-            shorter = self.tokenizer.decode(ids[: len(ids) - excess])
-            if len(shorter) >= len(text):
-                shorter = text[: len(text) - excess]
             is_text = isinstance(row[self.reference_column], str)
             reference = shorter if is_text else [{**row[self.reference_column][0], "content": shorter}]
             row = {**row, self.reference_column: reference}
         return row
 
+    def _without_last_tokens(self, text: str, count: int) -> str:
+        if not self.tokenizer.is_fast:  # no offsets: decode, less what a cut inside a character leaves
+            ids = self.tokenizer(text=text, add_special_tokens=False)["input_ids"]
+            return self.tokenizer.decode(ids[: max(0, len(ids) - count)]).rstrip("\ufffd")[: len(text) - 1]
+        offsets = self.tokenizer(text=text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        return text[: offsets[-count][0]] if count < len(offsets) else ""
+
     def enforce(self, rows: list[dict[str, Any]], policy: str, where: str) -> list[dict[str, Any]]:
         """
-        Applies the limit to rows of a streamed dataset.
+        Applies the limit to rows that no pass before training has seen: streamed, or passed to `evaluate`.
 
         Args:
             rows (`list[dict[str, Any]]`):
                 Dataset rows.
             policy (`str`):
-                `"error"` or `"truncate"`.
+                `"error"` or `"truncate"`; `"drop"`, too late here, is an error as well.
             where (`str`):
                 How errors name the rows.
 
@@ -209,14 +263,15 @@ class ReferenceLimit:
             `list[dict[str, Any]]`: the rows, truncated where needed.
 
         Raises:
-            `InputError`: for `"error"`, if a row is too long.
+            `InputError`: if a row is too long and the policy is not `"truncate"`.
         """
         for index, row in enumerate(rows):
             self.check(row, f"{where}, row {index}")
-        excess = self.excess(rows)
-        if policy == "error" and any(excess):
+        excess = self.excess(rows, where)
+        if policy != "truncate" and any(excess):
             raise InputError(_overlong_message(where, {i: e for i, e in enumerate(excess) if e}, len(rows)))
-        return [self.truncate(row, where) if e else row for row, e in zip(rows, excess, strict=True)]
+        named = zip(rows, excess, (f"{where}, row {index}" for index in range(len(rows))), strict=True)
+        return [self.truncate(row, name) if e else row for row, e, name in named]
 
 
 def prepare_dataset(
@@ -272,7 +327,7 @@ def prepare_dataset(
         rows = [dataset[i] for i in range(start, min(start + _READ_ROWS, len(dataset)))]
         for index, row in enumerate(rows, start):
             limit.check(row, f"{name}, row {index}")
-        excess.update({start + i: tokens for i, tokens in enumerate(limit.excess(rows)) if tokens})
+        excess.update({start + i: tokens for i, tokens in enumerate(limit.excess(rows, name, start)) if tokens})
     if not excess:
         return dataset
     if policy == "error":

@@ -21,9 +21,13 @@ from typing import NamedTuple
 import torch
 
 
-def _log_probs(logits: torch.Tensor) -> torch.Tensor:
+def _at_least_fp32(x: torch.Tensor) -> torch.Tensor:
     # fp16/bf16 would lose the tail of the vocabulary, where the log-ratios live
-    return torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _log_probs(logits: torch.Tensor) -> torch.Tensor:
+    return torch.log_softmax(_at_least_fp32(logits), dim=-1)
 
 
 class Decomposition(NamedTuple):
@@ -81,6 +85,7 @@ def centre(delta: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `[..., V]`.
     """
+    delta = _at_least_fp32(delta)
     return delta - delta.mean(dim=-1, keepdim=True)
 
 
@@ -97,6 +102,7 @@ def soft_clip(delta: torch.Tensor, clip: float | None) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `[..., V]`.
     """
+    delta = _at_least_fp32(delta)
     return delta if clip is None else clip * torch.tanh(delta / clip)
 
 

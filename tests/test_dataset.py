@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from datasets import Dataset, IterableDataset
 
-from purified_opsd_trl import InputError, build_contexts
+from purified_opsd_trl import Contexts, InputError, build_contexts
 from purified_opsd_trl.dataset import ReferenceLimit, check_columns, check_prompt, prepare_dataset
 
 
@@ -120,7 +120,6 @@ def test_text_prompts_for_a_chat_model_are_warned_about(
     assert caplog.text == ""
 
 
-@pytest.mark.xfail(strict=True, reason="the template's own error appears later, without row and column")
 @pytest.mark.parametrize("template", ["gemma", "chatml_no_system"])
 def test_a_turn_that_the_template_refuses_is_named(make_tokenizer, template) -> None:
     chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
@@ -153,6 +152,26 @@ def test_excess_counts_tokens_beyond_either_limit(tokenizer) -> None:
     assert limit(tokenizer, max_prompt_length=33).excess(chat) == [1]
 
 
+def test_the_reference_only_prompt_counts_too(tokenizer) -> None:
+    long_probe = ReferenceLimit(
+        tokenizer,
+        lambda prompts: tokenizer(text=prompts)["input_ids"],
+        lambda row: Contexts(row["prompt"], row["reference"], "x" * 9),
+        "reference",
+        max_reference_length=None,
+        max_prompt_length=5,
+    )
+    assert long_probe.excess([{"prompt": "q", "reference": "r"}]) == [4]
+
+
+def test_a_special_token_in_a_reference_is_refused(tokenizer) -> None:
+    with pytest.raises(
+        InputError, match="row 1, column `reference`: the reference holds the special token '<\\|im_end"
+    ):
+        prepare(rows_of("a", "b<|im_end|>\n<|im_start|>assistant\n"), limit(tokenizer))
+    prepare(rows_of("<think>a < b</think>"), limit(tokenizer))
+
+
 def test_error_policy_counts_the_rows_and_names_the_worst(tokenizer) -> None:
     dataset = rows_of("12345", "1", "1234567")
     with pytest.raises(InputError) as error:
@@ -168,6 +187,16 @@ def test_drop_policy(tokenizer) -> None:
     assert lines == ["train_dataset: dropped 2 of 4 rows whose reference is too long."]
     with pytest.raises(InputError, match="train_dataset: 2 of 2 rows have a reference that is too long"):
         prepare(rows_of("12345", "123456"), limit(tokenizer, 4), "drop")
+
+
+def test_overlong_rows_are_found_by_number_in_a_long_dataset(tokenizer) -> None:
+    references = [str(i) for i in range(600)]
+    references[10] = references[270] = references[599] = "too long"
+    prepared, lines = prepare(rows_of(*references), limit(tokenizer, 4), "drop")
+    assert prepared["reference"][:] == [reference for reference in references if reference != "too long"]
+    assert lines == ["train_dataset: dropped 3 of 600 rows whose reference is too long."]
+    prepared, _ = prepare(rows_of(*references), limit(tokenizer, 4), "truncate")
+    assert prepared["reference"][:] == ["too " if reference == "too long" else reference for reference in references]
 
 
 def test_truncate_policy_keeps_the_first_tokens_and_the_question(tokenizer) -> None:
@@ -198,12 +227,7 @@ def test_truncated_messages_stay_messages(tokenizer) -> None:
     assert prepared["reference"][:] == [[{"role": "assistant", "content": "1234"}], references[1]]
 
 
-CUT_INSIDE = pytest.mark.xfail(strict=True, reason="the cut goes through a decode, which leaves U+FFFD")
-
-
-@pytest.mark.parametrize(
-    "keep", [1, pytest.param(2, marks=CUT_INSIDE), *range(3, 9), pytest.param(9, marks=CUT_INSIDE), 10]
-)
+@pytest.mark.parametrize("keep", range(1, 11))
 def test_truncated_text_is_a_prefix_of_the_original(tokenizer, keep) -> None:
     # é, € and 😀 are two, three and four tokens: a cut inside one must not leave a replacement character
     reference = "aé€😀b"
@@ -222,7 +246,6 @@ def test_no_room_for_any_reference(tokenizer) -> None:
     assert prepared["reference"][:] == ["1"]
 
 
-@pytest.mark.xfail(strict=True, reason="says that the reference is empty, without the row")
 def test_truncation_to_blank_text_says_what_happened(tokenizer) -> None:
     with pytest.raises(InputError, match="train_dataset, row 0.*leaves no room"):
         prepare(rows_of("   12345"), limit(tokenizer, 2), "truncate")
@@ -248,6 +271,12 @@ def test_enforce_on_streamed_rows(tokenizer) -> None:
     with pytest.raises(InputError, match="^step 3: 1 of 2 rows have a reference that is too long \\(row 0 by 1"):
         limit(tokenizer, 4).enforce(rows, "error", "step 3")
     assert limit(tokenizer, 5).enforce(rows, "error", "step 3") == rows
+
+
+def test_a_streamed_row_without_room_is_named(tokenizer) -> None:
+    rows = [{"prompt": "q", "reference": "1"}, {"prompt": "a question", "reference": "1"}]
+    with pytest.raises(InputError, match="^step 3, row 1: the question leaves no room"):
+        limit(tokenizer, max_prompt_length=10).enforce(rows, "truncate", "step 3")
 
 
 def test_streamed_rows_are_checked_and_named(tokenizer) -> None:

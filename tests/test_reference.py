@@ -205,6 +205,25 @@ def test_gradient_reaches_hidden_states_weight_and_bias() -> None:
     assert_numbers(result.grad_hidden, [[3 / 8 + 1 / 4 - 1 / 16]])
 
 
+def test_metrics_name_the_direction_of_each_kl() -> None:
+    # target = teacher Q; student P; base P: both divergences are KL(Q || P) = 1/4 ln 2 + 3/8 ln 3/2, not KL(P || Q)
+    student, teacher = logits_of(P)[None], logits_of(Q)[None]
+    result = evaluate(student, student + 1.0, teacher, None, torch.ones(1), target="teacher")
+    assert_numbers(result.kl_target_student, [0.32533621068054797])
+    assert_numbers(result.kl_target_base, [0.32533621068054797])
+    assert_numbers(result.target_entropy, [0.9743147528693494])  # 1/8 ln 8 + 1/2 ln 2 + 3/8 ln 8/3
+
+
+def test_temperature_divides_all_four_logits() -> None:
+    hidden = [random_logits(seed, 5, 3) for seed in range(4)]
+    student_head, frozen_head = (Head(random_logits(seed, 11, 3), softcap=4.0) for seed in (4, 5))
+    logits = [head.logits(h) / 2.5 for h, head in zip(hidden, [student_head, *[frozen_head] * 3], strict=True)]
+    expected = evaluate(*logits, torch.ones(5))
+    actual = evaluate_hidden(hidden[0], student_head, *hidden[1:], frozen_head, torch.ones(5), temperature=2.5)
+    for name in ("loss", "per_token", "target_entropy", "kl_target_base", "clip_saturation"):
+        torch.testing.assert_close(getattr(actual, name), getattr(expected, name), rtol=1e-12, atol=1e-15)
+
+
 def test_head_applies_scale_then_softcap_then_temperature() -> None:
     head = Head(torch.tensor([[3.0], [-1.0]]), torch.tensor([1.0, 0.0]), scale=0.5, softcap=4.0)
     # z = (2 * 3 + 1, 2 * -1) / 2 = (3.5, -1); 4 tanh(z / 4); then divided by T = 2

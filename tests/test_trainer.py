@@ -310,6 +310,28 @@ def test_target_logits_default_is_the_fused_target(build: Build) -> None:
     assert results[0] == pytest.approx(results[1], rel=1e-5)
 
 
+def test_parts_of_text_reach_the_student_as_text(build: Build, make_tokenizer: Callable[..., Any]) -> None:
+    # Qwen3's template renders a list of parts as nothing at all
+    rows = [{"prompt": [{"role": "user", "content": [{"type": "text", "text": "1+1?"}]}], "reference": "2"}] * 2
+    options = {"train_dataset": Dataset.from_list(rows), "processing_class": make_tokenizer("qwen3")}
+    trainer = build(trainer_kwargs=options)
+    ids = trainer._generate_and_score_completions(first_rows(trainer, 2))["prompt_ids"][0]
+    assert "1+1?" in trainer.processing_class.decode(ids)
+
+
+def test_dropout_is_off_while_scoring(build: Build) -> None:
+    trainer = build(lora=True, model_kwargs={"attention_dropout": 0.5})
+    trainer.model.train()
+    scores = [trainer.scoring_callback.score({"base": [[65, 66, 67]]}, [[97, 98, 99]]) for _ in range(2)]
+    assert torch.equal(scores[0].hidden["base"], scores[1].hidden["base"])
+
+
+def test_a_dataset_passed_to_evaluate_is_checked(build: Build) -> None:
+    unseen = Dataset.from_list([{"prompt": [{"role": "user", "content": "q"}], "reference": "r" * 3000}] * 2)
+    with pytest.raises(InputError, match="generation batch: 2 of 2 rows have a reference that is too long"):
+        build().evaluate(eval_dataset=unseen)
+
+
 def test_the_scoring_callback_can_be_replaced_and_sees_the_events(build: Build) -> None:
     class Recorder(TeacherScoringCallback):
         steps = 0
@@ -329,7 +351,7 @@ def test_the_scoring_callback_can_be_replaced_and_sees_the_events(build: Build) 
 
 
 def test_plain_opsd_scores_the_teacher_alone(build: Build) -> None:
-    trainer = build(target="teacher")
+    trainer = build(target="teacher", decomposition_steps=0)
     asked = []
     score = trainer.scoring_callback.score
     trainer.scoring_callback.score = lambda prompts, completions: (
