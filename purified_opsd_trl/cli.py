@@ -1,4 +1,4 @@
-"""The `purified-opsd` command: `train` and `bench`."""
+"""The `purified-opsd` command: `train`, `diagnose`, `evaluate` and `bench`."""
 
 import argparse
 import importlib.metadata
@@ -10,6 +10,8 @@ from .errors import InputError
 
 _COMMANDS = {
     "train": "train a model by purified self-distillation",
+    "diagnose": "show what a teacher's signal consists of, without training",
+    "evaluate": "sample and grade models on benchmarks, or compare results",
     "bench": "time the loss or a whole step against its peers",
 }
 
@@ -34,6 +36,18 @@ def _train(argv: list[str]) -> int:
         launch_command_parser().parse_args([*launch_args, "--quiet", "-m", "purified_opsd_trl.train", *script_args])
     )
     return 0
+
+
+def _diagnose(argv: list[str]) -> int:
+    from .diagnose import main as diagnose
+
+    return diagnose(argv)
+
+
+def _evaluate(argv: list[str]) -> int:
+    from .evaluate import main as evaluate
+
+    return evaluate(argv)
 
 
 def _bench(argv: list[str]) -> int:
@@ -61,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     command = parser.parse_known_args(argv[:1])[0].command  # a subcommand parses its own arguments
     try:
-        return {"train": _train, "bench": _bench}[command](argv[1:])
+        return {"train": _train, "diagnose": _diagnose, "evaluate": _evaluate, "bench": _bench}[command](argv[1:])
     except (InputError, ImportError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

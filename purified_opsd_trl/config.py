@@ -7,6 +7,7 @@ from typing import Any
 from trl import DistillationConfig
 
 from .errors import InputError
+from .markers import DEFAULT_MARKERS
 
 
 _INSTRUCTION = "Use the worked solution to understand the problem, then solve the problem yourself, step by step."
@@ -57,7 +58,12 @@ class PurifiedOPSDConfig(DistillationConfig):
         teacher_model_kind (`str`, *optional*, defaults to `"base"`):
             Weights of the teacher, the reference-only probe and the anchor. `"base"`: the initial policy (LoRA: the
             model under the disabled adapter; full fine-tuning: a frozen copy). `"live"`: the student itself, without
-            gradient.
+            gradient. `"ema"`: an exponential moving average of the student that starts at the initial policy.
+        teacher_update_rate (`float`, *optional*, defaults to `0.05`):
+            With `"ema"`: share of the difference to the student by which the teacher moves at each update. `1.0`
+            copies the student.
+        teacher_sync_steps (`int`, *optional*, defaults to `1`):
+            With `"ema"`: optimizer steps between updates of the teacher.
         scoring_batch_size (`int`, *optional*):
             Most sequences a scoring forward may hold, counted over all contexts. `None` takes
             `per_device_train_batch_size`.
@@ -96,6 +102,24 @@ class PurifiedOPSDConfig(DistillationConfig):
             Tokens whose logits exist at once. `None` chooses it from `loss_memory_budget`.
         loss_memory_budget (`int`, *optional*, defaults to `512`):
             Scratch memory of the loss in MiB, from which the chunk size is chosen.
+
+        > Parameters that control the monitors
+
+        decomposition_steps (`int`, *optional*, defaults to `10`):
+            Steps between two looks at the decomposition of the teacher's signal (Eq. 4); the first look is before the
+            first update. `0` switches it off. At such a step plain OPSD scores the reference-only context as well.
+        decomposition_max_tokens (`int`, *optional*, defaults to `1024`):
+            Most tokens looked at in such a step, over all processes; a seeded sample of the step's tokens.
+        epistemic_markers (`list[str]`, *optional*):
+            Words or phrases counted on the rollouts. The default is wait, maybe, perhaps, check (the paper's four),
+            hmm, actually and alternatively. Whole words in any case; see `docs/monitors.md`.
+        epistemic_guard (`str`, *optional*, defaults to `"warn"`):
+            What happens when a marker's rate leaves the band around its baseline, which is measured on the rollouts
+            before the first update: `"warn"`, `"stop"` (saves a checkpoint and ends training), or `"ignore"`.
+        epistemic_band (`float`, *optional*, defaults to `2.0`):
+            A rate may fall to baseline / band and rise to baseline * band, beyond the noise of counting.
+        epistemic_window (`int`, *optional*, defaults to `10`):
+            Steps over which the present rate is taken.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.DistillationConfig`]:
@@ -149,8 +173,16 @@ class PurifiedOPSDConfig(DistillationConfig):
     teacher_model_kind: str = field(
         default="base",
         metadata=_choice(
-            "Weights of teacher, probe and anchor: the initial policy or the live student.", ("base", "live")
+            "Weights of teacher, probe and anchor: the initial policy, the live student, or its moving average.",
+            ("base", "live", "ema"),
         ),
+    )
+    teacher_update_rate: float = field(
+        default=0.05,
+        metadata={"help": "ema: share of the difference to the student by which the teacher moves at each update."},
+    )
+    teacher_sync_steps: int = field(
+        default=1, metadata={"help": "ema: optimizer steps between updates of the teacher."}
     )
     scoring_batch_size: int | None = field(
         default=None,
@@ -194,6 +226,28 @@ class PurifiedOPSDConfig(DistillationConfig):
     )
     loss_memory_budget: int = field(default=512, metadata={"help": "Scratch memory of the loss in MiB."})
 
+    # Parameters that control the monitors
+    decomposition_steps: int = field(
+        default=10, metadata={"help": "Steps between two decompositions of the teacher's signal. 0 switches it off."}
+    )
+    decomposition_max_tokens: int = field(
+        default=1024, metadata={"help": "Most tokens decomposed in such a step, over all processes."}
+    )
+    epistemic_markers: list[str] = field(
+        default_factory=lambda: list(DEFAULT_MARKERS),
+        metadata={"help": "Words or phrases counted on the rollouts: whole words, in any case."},
+    )
+    epistemic_guard: str = field(
+        default="warn",
+        metadata=_choice("What to do when a marker's rate leaves its band.", ("warn", "stop", "ignore")),
+    )
+    epistemic_band: float = field(
+        default=2.0, metadata={"help": "Factor by which a marker's rate may fall or rise from its baseline."}
+    )
+    epistemic_window: int = field(
+        default=10, metadata={"help": "Steps over which the present rate of a marker is taken."}
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.pmi_clip == 0.0:
@@ -204,7 +258,7 @@ class PurifiedOPSDConfig(DistillationConfig):
 
     def _check_choices(self) -> None:
         # argparse checks `choices` on the command line only; Python and YAML values arrive here unchecked
-        for name in ("overlong_reference", "teacher_model_kind", "target", "loss_type"):
+        for name in ("overlong_reference", "teacher_model_kind", "target", "loss_type", "epistemic_guard"):
             choices, value = self.__dataclass_fields__[name].metadata["choices"], getattr(self, name)
             if value not in choices:
                 raise InputError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
@@ -233,8 +287,24 @@ class PurifiedOPSDConfig(DistillationConfig):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise InputError(f"`{name}` must be positive, got {value}.")
-        if self.teacher_model_kind == "live" and self.teacher_model_name_or_path is not None:
+        for name in ("decomposition_max_tokens", "epistemic_window"):
+            if getattr(self, name) < 1:
+                raise InputError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.decomposition_steps < 0:
+            raise InputError(f"`decomposition_steps` must not be negative (0 is off), got {self.decomposition_steps}.")
+        if not self.epistemic_band > 1.0:
+            raise InputError(f"`epistemic_band` is a factor above 1, got {self.epistemic_band}.")
+        if not self.epistemic_markers or not all(marker.strip() for marker in self.epistemic_markers):
+            raise InputError("`epistemic_markers` must list at least one word, and no empty ones.")
+        if not 0.0 < self.teacher_update_rate <= 1.0:
             raise InputError(
-                "`teacher_model_kind: live` makes the student its own teacher and cannot be combined with "
-                "`teacher_model_name_or_path`. Remove one of the two keys."
+                f"`teacher_update_rate` must be above 0 and at most 1, got {self.teacher_update_rate}. For a teacher "
+                "that never moves set `teacher_model_kind: base`."
+            )
+        if self.teacher_sync_steps < 1:
+            raise InputError(f"`teacher_sync_steps` must be at least 1, got {self.teacher_sync_steps}.")
+        if self.teacher_model_kind != "base" and self.teacher_model_name_or_path is not None:
+            raise InputError(
+                f"`teacher_model_kind: {self.teacher_model_kind}` makes the student its own teacher and cannot be "
+                "combined with `teacher_model_name_or_path`. Remove one of the two keys."
             )

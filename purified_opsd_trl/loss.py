@@ -24,7 +24,7 @@ from torch import Tensor
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from .errors import InputError
-from .kernels import AttachGradient, Problem, Projector, RowSettings, Solution, buffers_per_token, solve
+from .kernels import AttachGradient, Problem, Projector, RowSettings, Solution, solve
 
 
 @dataclass(frozen=True)
@@ -257,8 +257,8 @@ def token_loss(
     """
     Weighted token loss with its gradient formed in the forward pass.
 
-    The gradient flows to `student_hidden` and to the weight and bias of `student_head` where they require one, never to
-    anything frozen. Under ZeRO-3 call it inside the wrapped model's forward; both heads are gathered once.
+    The gradient flows to `student_hidden` and to the weight and bias of `student_head` where they require one, never
+    to anything frozen. Under ZeRO-3 call it inside the wrapped model's forward; both heads are gathered once.
 
     Args:
         student_hidden (`torch.Tensor` of shape `[N, H]`):
@@ -276,8 +276,8 @@ def token_loss(
         labels (`torch.Tensor` of shape `[N]`, *optional*):
             Sampled token ids, for `loss_type="sampled_token"`.
         target_logits (`Callable`, *optional*):
-            `(teacher, reference_only, base) -> target`, fp32 logits `[n, V]` of one chunk after temperature; replaces the
-            target.
+            `(teacher, reference_only, base) -> target`, fp32 logits `[n, V]` of one chunk after temperature; replaces
+            the target.
 
     Returns:
         [`TokenLoss`]
@@ -309,7 +309,8 @@ def token_loss(
             frozen=frozen,
             weights=weights.detach().to(student_hidden.device),
             rows=RowSettings(settings.beta, settings.pmi_beta, settings.pmi_clip, settings.kl_clip),
-            chunk_size=_chunk_size(settings, student, names, target_logits is not None, student_hidden, any(needs)),
+            chunk_size=settings.chunk_size,
+            memory_budget=settings.memory_budget,
             center=settings.pmi_center,
             labels=labels if settings.loss_type == "sampled_token" else None,
             target_logits=target_logits,
@@ -319,17 +320,6 @@ def token_loss(
         if any(needs):
             loss = AttachGradient.apply(loss, solution.grad_unit, solution.grads, *inputs)
     return TokenLoss(loss=loss, **vars(solution.stats), **_advantages(solution))
-
-
-def _chunk_size(
-    settings: LossSettings, student: Projector, names: tuple[str, ...], custom: bool, hidden: Tensor, grad: bool
-) -> int:
-    """Tokens of one chunk: as asked, or as many as the memory budget holds."""
-    if settings.chunk_size is not None:
-        return settings.chunk_size
-    cast = grad and hidden.device.type != "cpu" and hidden.dtype != torch.float32
-    buffers = buffers_per_token(names, custom, grad and student.softcap is not None, cast)
-    return max(1, int(settings.memory_budget / (4 * buffers * student.weight.shape[0])))
 
 
 def _checked_states(states: FrozenStates, names: tuple[str, ...], count: int) -> dict[str, Tensor]:
@@ -374,23 +364,24 @@ def _projector(head: LMHead, temperature: float) -> Projector:
 
 
 def _shared(one: LMHead, two: LMHead) -> bool:
-    return one.weight is two.weight and one.bias is two.bias and (one.logit_scale, one.softcap) == (
-        two.logit_scale,
-        two.softcap,
-    )
+    same_tensors = one.weight is two.weight and one.bias is two.bias
+    return same_tensors and (one.logit_scale, one.softcap) == (two.logit_scale, two.softcap)
 
 
 def _logit_scale(config: Any) -> float:
-    """Multiplier of the logits under the names that model families give it; `logits_scaling` divides but for one."""
+    """Multiplier of the logits, under the names that model families give it; `logits_scaling` divides but for one."""
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         if getattr(config, name, None) is not None:
             return float(getattr(config, name))
-    scaling = getattr(config, "logits_scaling", None)
-    if scaling is None:
-        return 1.0
-    return float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)
+    for name in ("logits_scaling", "logits_mup_width_multiplier"):
+        if getattr(config, name, None) is not None:
+            scaling = float(getattr(config, name))
+            return scaling if config.model_type == "hyperclovax" else 1.0 / scaling
+    return 1.0
 
 
 def _softcap(config: Any) -> float | None:
-    value = getattr(config, "final_logit_softcapping", None)
-    return None if value is None else float(value)
+    for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"):
+        if getattr(config, name, None) is not None:
+            return float(getattr(config, name))
+    return None

@@ -7,8 +7,6 @@ Scoring runs once a generation batch, right after the rollout, without gradient 
 hidden states are kept; the loss projects them chunk by chunk.
 """
 
-import copy
-import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,24 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import is_peft_model
-from transformers import PreTrainedModel, TrainerCallback
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from trl.models import prepare_deepspeed
-from trl.trainer.utils import create_model_from_path, use_adapter
+from transformers import TrainerCallback
+from trl.trainer.utils import use_adapter
 
-from .errors import InputError
 from .loss import LMHead, gathered_heads
+from .self_teacher import EMATeacher, check_combination, load_frozen_copy
 
 
 if TYPE_CHECKING:
     from .collator import ScoringBatch
     from .trainer import PurifiedOPSDTrainer
-
-
-logger = logging.getLogger(__name__)
-
-# LoRA initialisations that also change the base weights: with the adapter disabled they are not the initial policy
-_INITS_THAT_MOVE_THE_BASE = ("pissa", "olora", "corda", "loftq")
 
 
 @dataclass(frozen=True)
@@ -135,6 +125,7 @@ class TeacherScoringCallback(TrainerCallback):
     |---|---|---|
     | `base` | the model under the disabled adapter | a frozen copy |
     | `live` | the student itself | the student itself |
+    | `ema` | averaged adapter weights in the student's place | a frozen copy that follows the student |
 
     Subclass it to score with other weights: override `frozen_model` (which model runs), or `score` (how). It is an
     ordinary [`~transformers.TrainerCallback`]: its events see every step.
@@ -143,6 +134,7 @@ class TeacherScoringCallback(TrainerCallback):
     def __init__(self) -> None:
         self.trainer: PurifiedOPSDTrainer | None = None
         self.teacher_model: torch.nn.Module | None = None
+        self.ema: EMATeacher | None = None
 
     def attach(self, trainer: "PurifiedOPSDTrainer", model_path: str | None) -> None:
         """
@@ -155,53 +147,41 @@ class TeacherScoringCallback(TrainerCallback):
                 Model id or path that the student was loaded from; `None` if it was passed as an instance.
 
         Raises:
-            `InputError`: if the initial policy cannot be recovered from the model as configured, or if the teacher's
-                vocabulary is not the student's.
+            `InputError`: if the model, the teacher and the way of sharding cannot work together.
         """
         self.trainer = trainer
-        args = trainer.args
-        if args.teacher_model_kind == "live":
-            return
-        if args.teacher_model_name_or_path is None and is_peft_model(trainer.model):
-            _check_adapter_can_be_disabled(trainer.model)
-            return
-        teacher = self._load_frozen(model_path)
-        student_vocab = trainer.model.config.get_text_config().vocab_size
-        teacher_vocab = teacher.config.get_text_config().vocab_size
-        if student_vocab != teacher_vocab:
-            raise InputError(
-                f"The student has a vocabulary of {student_vocab} tokens but the teacher has {teacher_vocab}. The "
-                "divergence needs one vocabulary: take a teacher of the same family, or the student's own weights by "
-                "leaving `teacher_model_name_or_path` unset."
-            )
-        teacher.requires_grad_(False)
-        teacher.eval()
-        if trainer.is_deepspeed_enabled:
-            self.teacher_model = prepare_deepspeed(teacher, trainer.accelerator)
-        else:
-            self.teacher_model = trainer.accelerator.prepare_model(teacher, evaluation_mode=True)
+        args, is_peft = trainer.args, is_peft_model(trainer.model)
+        check_combination(trainer, is_peft)
+        if args.teacher_model_kind != "live" and (not is_peft or args.teacher_model_name_or_path is not None):
+            self.teacher_model = load_frozen_copy(trainer, model_path)
+        if args.teacher_model_kind == "ema":
+            self.ema = EMATeacher(trainer, self.teacher_model)
+            trainer.add_callback(self.ema)
 
-    def _load_frozen(self, model_path: str | None) -> PreTrainedModel:
-        assert self.trainer is not None
-        args, model = self.trainer.args, self.trainer.model
-        if args.teacher_model_name_or_path is not None:
-            model_path = args.teacher_model_name_or_path
-            kwargs: dict[str, Any] = {**(args.teacher_model_init_kwargs or {})}  # type: ignore[dict-item]
-            if args.teacher_model_revision is not None:
-                kwargs.setdefault("revision", args.teacher_model_revision)
-        else:
-            kwargs = {**(args.model_init_kwargs or {})}  # type: ignore[dict-item]
-        if model_path is None:
-            if is_deepspeed_zero3_enabled():
-                raise InputError(
-                    "Under ZeRO-3 a frozen copy cannot be taken from a model instance, whose weights are sharded. "
-                    "Pass the model id or path instead of the instance, or set `teacher_model_name_or_path`."
-                )
-            return copy.deepcopy(model)
-        if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
-            kwargs["device_map"] = None
-        kwargs.setdefault("trust_remote_code", args.trust_remote_code)
-        return create_model_from_path(model_path, **kwargs)
+    def save_state(self, checkpoint: str) -> None:
+        """
+        Writes what the self-teacher has learnt to a checkpoint. Every process calls it.
+
+        Args:
+            checkpoint (`str`):
+                Folder of the checkpoint.
+        """
+        if self.ema is not None:
+            self.ema.save(checkpoint)
+
+    def load_state(self, checkpoint: str) -> None:
+        """
+        Restores it. Every process calls it, after the student has been restored.
+
+        Args:
+            checkpoint (`str`):
+                Folder of the checkpoint.
+
+        Raises:
+            `InputError`: if the checkpoint was written with another kind of teacher or of sharding.
+        """
+        if self.ema is not None:
+            self.ema.load(checkpoint)
 
     @contextmanager
     def frozen_model(self) -> Iterator[tuple[Any, Any]]:
@@ -223,6 +203,9 @@ class TeacherScoringCallback(TrainerCallback):
         try:
             if trainer.args.teacher_model_kind == "base":
                 with use_adapter(unwrapped, None):
+                    yield wrapped, unwrapped
+            elif self.ema is not None:
+                with self.ema.in_place_of(unwrapped):
                     yield wrapped, unwrapped
             else:
                 yield wrapped, unwrapped
@@ -348,27 +331,3 @@ def _scatter(
         hidden[context][row, :length] = completion.to(mask.device)
         finite.append(torch.isfinite(completion).all())
     return torch.stack(finite)
-
-
-def _check_adapter_can_be_disabled(model: Any) -> None:
-    """Refuses adapters under which a disabled adapter is not the initial policy; warns where it may not be."""
-    for name, config in model.peft_config.items():
-        init = getattr(config, "init_lora_weights", True)
-        if isinstance(init, str) and init.lower().startswith(_INITS_THAT_MOVE_THE_BASE):
-            raise InputError(
-                f"`init_lora_weights={init!r}` of adapter `{name}` changes the base weights, so the model under the "
-                "disabled adapter is not the initial policy. Use the default initialisation, or set "
-                "`teacher_model_name_or_path` to the original model."
-            )
-        if getattr(config, "bias", "none") != "none":
-            raise InputError(
-                f"`bias={config.bias!r}` of adapter `{name}` trains biases of the base model, which disabling the "
-                "adapter does not restore. Set `bias` to 'none', or `teacher_model_name_or_path` to the original "
-                "model."
-            )
-    trained = any(p.any() for n, p in model.named_parameters() if "lora_B" in n and p.numel() and not p.is_meta)
-    if trained:
-        logger.warning(
-            "The model already holds a trained adapter. `teacher_model_kind: base` takes the weights under the "
-            "disabled adapter, not the model as passed. To anchor on the model as passed, merge its adapter first."
-        )

@@ -21,10 +21,10 @@ from typing import Any
 from accelerate.commands.launch import launch_command_parser
 from datasets import DatasetDict, IterableDatasetDict, load_dataset
 from datasets.exceptions import DatasetNotFoundError
-from transformers.trainer_utils import get_last_checkpoint
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 from trl import get_dataset as get_mixture
 
+from .checkpoints import find_checkpoint, is_whole
 from .config import PurifiedOPSDConfig
 from .dataset import AnyDataset
 from .errors import InputError
@@ -164,21 +164,23 @@ def map_columns(dataset: AnyDataset, script_args: PurifiedOPSDScriptArguments) -
 
 def check_checkpoint(training_args: PurifiedOPSDConfig) -> str | bool | None:
     """
-    Checkpoint to resume from: a path, or the newest one in the output directory for `true`.
+    Checkpoint to resume from: a path, or for `true` the newest whole one in the output directory.
 
     Raises:
-        `InputError`: if there is none.
+        `InputError`: if there is none, or the one named was not written to its end.
     """
     value = training_args.resume_from_checkpoint
     if value is None or str(value).lower() == "false":
         return None
     if str(value).lower() == "true":
-        output_dir = training_args.output_dir
-        value = get_last_checkpoint(output_dir) if output_dir and os.path.isdir(output_dir) else None
-        if value is None:
-            raise InputError(f"`resume_from_checkpoint: true`, but {output_dir} holds no checkpoint.")
+        return find_checkpoint(training_args.output_dir or "")
     if not os.path.isdir(value):
         raise InputError(f"`resume_from_checkpoint`: there is no folder {value}.")
+    if not is_whole(value):
+        raise InputError(
+            f"`resume_from_checkpoint`: {value} is incomplete, the job was killed while it wrote it. Name an earlier "
+            "checkpoint, or set `true` to take the newest whole one."
+        )
     return value
 
 

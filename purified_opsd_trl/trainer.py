@@ -18,13 +18,17 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from trl import DistillationTrainer
 from trl.trainer.utils import get_config_model_id
 
+from .checkpoints import WholeCheckpoints
 from .collator import PurificationCollator
 from .config import PurifiedOPSDConfig
 from .contexts import Contexts, Prompt, build_contexts
 from .dataset import AnyDataset, ReferenceLimit, check_columns, prepare_dataset
 from .errors import InputError
 from .loss import FrozenStates, LMHead, LossSettings, TokenLoss, required_states, token_loss
+from .markers import MarkerCounter, TokenClassifier
+from .monitors import DecompositionMonitor, EpistemicMonitor
 from .purification import purified_target_logits
+from .report import ReportCallback
 from .scoring import TeacherScores, TeacherScoringCallback
 
 
@@ -37,7 +41,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class PurifiedOPSDTrainer(DistillationTrainer):
+class PurifiedOPSDTrainer(WholeCheckpoints, DistillationTrainer):
     """
     Trainer for purified on-policy self-distillation (arXiv 2607.02234).
 
@@ -172,6 +176,7 @@ class PurifiedOPSDTrainer(DistillationTrainer):
         self._has_custom_target = type(self).target_logits is not PurifiedOPSDTrainer.target_logits
         self._token_metrics: dict[str, torch.Tensor] = {}
         self._metric_sums: dict[str, dict[str, list[float]]] = {"train": {}, "eval": {}}
+        self._add_monitors()
         self._prepare_datasets()
         self.scoring_callback.attach(self, model if isinstance(model, str) else None)
 
@@ -226,8 +231,8 @@ class PurifiedOPSDTrainer(DistillationTrainer):
                 Dataset row with all its columns.
 
         Returns:
-            [`Contexts`]: `question` must be the row's prompt (the student has seen it); `teacher` and
-            `reference_only` are yours.
+            [`Contexts`]: the student and the base see `question`; `teacher` and `reference_only` are the frozen
+            model's alone.
 
         Raises:
             `InputError`: if the row cannot be used.
@@ -249,42 +254,82 @@ class PurifiedOPSDTrainer(DistillationTrainer):
         finally:
             self.chat_template_kwargs = student_kwargs
 
+    # Monitors --------------------------------------------------------------------------------------------------------
+
+    def _add_monitors(self) -> None:
+        args = self.args
+        self.decomposition_monitor = DecompositionMonitor(
+            every=args.decomposition_steps,
+            max_tokens=args.decomposition_max_tokens,
+            classifier=TokenClassifier(self._tokenizer, MarkerCounter(args.epistemic_markers)),
+            temperature=args.temperature,
+            memory_budget=args.loss_memory_budget * 2**20,
+            seed=args.seed,
+        )
+        self.add_callback(self.decomposition_monitor)
+        self.add_callback(
+            EpistemicMonitor(args.epistemic_markers, args.epistemic_guard, args.epistemic_band, args.epistemic_window)
+        )
+        self.add_callback(ReportCallback())
+
+    def _observe(self, rows: list[dict[str, Any]], output: dict[str, Any], mode: str) -> None:
+        """Shows the rollouts to the monitors: what the student wrote, without tool results."""
+        ids = _unpad(output["completion_ids"], _loss_mask(output))
+        texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
+        training = mode == "train"
+        # Looked up, as a resumed run may hold other instances than the ones that were added
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EpistemicMonitor):
+                self._add_sums(mode, callback.observe(texts, ids, self.accelerator, training))
+            elif isinstance(callback, ReportCallback) and training:
+                callback.observe(self.state.global_step, [row["prompt"] for row in rows], texts)
+
     # Rollout and scoring ---------------------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         mode = "train" if self.model.training else "eval"
+        contexts = self._contexts(inputs)
+        inputs = [{**row, "prompt": context.question} for row, context in zip(inputs, contexts, strict=True)]
         started = time.perf_counter()
         output = super()._generate_and_score_completions(inputs)
         self._metrics[mode]["timing/generation_seconds"].append(time.perf_counter() - started)
+        self._observe(inputs, output, mode)
 
-        scores = self._score(inputs, output)
+        scores = self._score(contexts, output)
         states = required_states(self.loss_settings, scores.head.linear, self._has_custom_target)
         device = self.accelerator.device.type
         dtype = torch.get_autocast_dtype(device) if self.accelerator.native_amp else None
         output.update(self.purification_collator.training_tensors(scores, states, dtype))
+        if self.decomposition_monitor.due:
+            output.update(
+                self.decomposition_monitor.sample(
+                    scores,
+                    output["completion_ids"],
+                    _loss_mask(output),
+                    process=self.accelerator.process_index,
+                    total=int(output["num_items_in_batch"]),
+                )
+            )
         self._log_scoring(scores.stats, mode)
         return output
 
-    def _score(self, rows: list[dict[str, Any]], output: dict[str, Any]) -> TeacherScores:
+    def _contexts(self, rows: list[dict[str, Any]]) -> list[Contexts]:
+        # Map-style training data was checked before training; a data set passed to `evaluate` may not have been
+        if not self.model.training or isinstance(self.train_dataset, IterableDataset):
+            where = f"step {self.state.global_step}, generation batch"
+            rows = self._reference_limit.enforce(rows, self.args.overlong_reference, where)
+        return [self.build_contexts(row) for row in rows]
+
+    def _score(self, contexts: list[Contexts], output: dict[str, Any]) -> TeacherScores:
         prompt_ids = _unpad(output["prompt_ids"], output["prompt_mask"])
         completion_ids = _unpad(output["completion_ids"], output["completion_mask"])
-        if isinstance(self.train_dataset if self.model.training else self.eval_dataset, IterableDataset):
-            rows = self._reference_limit.enforce(rows, self.args.overlong_reference, self._where())
-        contexts = [self._contexts_of(row, index) for index, row in enumerate(rows)]
         by_context = {"teacher": self._tokenize_teacher_prompts([c.teacher for c in contexts])}
-        if self.args.target == "purified" or self._has_custom_target:
+        purified = self.args.target == "purified" or self._has_custom_target
+        if purified:
             by_context["base"] = prompt_ids  # the very ids the student saw
+        if purified or self.decomposition_monitor.due:
             by_context["reference_only"] = self._tokenize_teacher_prompts([c.reference_only for c in contexts])
         return self.scoring_callback.score(by_context, completion_ids)
-
-    def _contexts_of(self, row: dict[str, Any], index: int) -> Contexts:
-        try:
-            return self.build_contexts(row)
-        except InputError as error:
-            raise InputError(f"{self._where()}, row {index}, {error}") from None
-
-    def _where(self) -> str:
-        return f"step {self.state.global_step}, generation batch"
 
     # Loss ------------------------------------------------------------------------------------------------------------
 
@@ -337,9 +382,7 @@ class PurifiedOPSDTrainer(DistillationTrainer):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        loss_mask = inputs["completion_mask"]
-        if "tool_mask" in inputs:
-            loss_mask = loss_mask * inputs["tool_mask"]
+        loss_mask = _loss_mask(inputs)
         # TRL enters the backbone directly, past the autocast that accelerate puts around `forward`
         with self.accelerator.autocast():
             student_hidden = self._get_last_hidden_state(
@@ -349,13 +392,15 @@ class PurifiedOPSDTrainer(DistillationTrainer):
             device = student_head.weight.device
             valid = loss_mask.to(device).bool()
             num_tokens = valid.sum()
+            frozen_head = self.scoring_callback.frozen_head(unwrapped_student)
+            self.decomposition_monitor.measure(student_hidden, student_head, frozen_head, inputs)
             normalizer = num_tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
             started = time.perf_counter()
             result = token_loss(
                 student_hidden.to(device)[valid],
                 student_head,
                 _frozen_states(inputs, valid),
-                self.scoring_callback.frozen_head(unwrapped_student),
+                frozen_head,
                 (1.0 / torch.as_tensor(normalizer, dtype=torch.float32, device=device)).expand(int(num_tokens)),
                 self.loss_settings,
                 labels=inputs["completion_ids"].to(device)[valid],
@@ -373,10 +418,14 @@ class PurifiedOPSDTrainer(DistillationTrainer):
         sums = dict(zip(names, totals, strict=True))
         tokens, seconds = sums.pop("tokens"), sums.pop("seconds")
         self._metrics[mode]["timing/loss_seconds"].append(seconds / self.accelerator.num_processes)
-        for name, total in sums.items():
+        self._add_sums(mode, {name: (total, tokens) for name, total in sums.items()})
+        self._add_sums(mode, self.decomposition_monitor.collect(self.accelerator))
+
+    def _add_sums(self, mode: str, sums: Mapping[str, tuple[float, float]]) -> None:
+        for name, (total, number) in sums.items():
             pair = self._metric_sums[mode].setdefault(name, [0.0, 0.0])
             pair[0] += total
-            pair[1] += tokens
+            pair[1] += number
 
     def _log_scoring(self, stats: "ScoringStats", mode: str) -> None:
         device = self.accelerator.device
@@ -390,9 +439,9 @@ class PurifiedOPSDTrainer(DistillationTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
-        for name, (total, tokens) in self._metric_sums[mode].items():
-            if tokens:
-                self._metrics[mode][name] = [total / tokens]
+        for name, (total, number) in self._metric_sums[mode].items():
+            if number:
+                self._metrics[mode][name] = [total / number]
         self._metric_sums[mode].clear()
         super().log(logs, start_time)
 
@@ -417,6 +466,12 @@ def _context_length(model: Any) -> int | None:
 
 def _unpad(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:
     return [row[keep].tolist() for row, keep in zip(ids, mask.bool(), strict=True)]
+
+
+def _loss_mask(inputs: Mapping[str, Any]) -> torch.Tensor:
+    """`[B, C]`: 1 at the tokens that the student wrote."""
+    mask = inputs["completion_mask"]
+    return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
 
 
 def _frozen_states(inputs: dict[str, Any], valid: torch.Tensor) -> FrozenStates:

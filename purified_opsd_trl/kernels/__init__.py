@@ -1,6 +1,6 @@
 """Fused kernels of the token loss; `purified_opsd_trl.loss` is their public face."""
 
-from .fused import AttachGradient, Problem, Solution, TargetLogits, buffers_per_token, solve
+from .fused import AttachGradient, Problem, Solution, TargetLogits, solve
 from .projection import Projector
 from .rows import RowSettings, RowStats
 
@@ -13,6 +13,5 @@ __all__ = [
     "RowStats",
     "Solution",
     "TargetLogits",
-    "buffers_per_token",
     "solve",
 ]

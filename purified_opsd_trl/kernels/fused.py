@@ -1,10 +1,10 @@
 """
 The fused token loss: chunks of tokens through projection, row transform and the products of the gradient.
 
-A chunk of n tokens keeps its whole rows `[n, V]` for the few buffers it needs, so that nothing is projected twice: three
-products form the logits (student, base, and the difference of teacher and reference-only states), one takes the gradient
-back to the hidden states, and a trainable head adds one. The loss's per-token weights are known here, so the backward
-pass has only a scalar left to multiply.
+A chunk of n tokens keeps its whole rows `[n, V]` for the few buffers it needs, so that nothing is projected twice:
+three products form the logits (student, base, and the difference of teacher and reference-only states), one takes the
+gradient back to the hidden states, and a trainable head adds one. The per-token weights are known here, so that the
+backward pass has only a scalar left to multiply.
 
 Shapes: N tokens, n tokens of one chunk, V vocabulary entries, H hidden units.
 """
@@ -12,14 +12,15 @@ Shapes: N tokens, n tokens of one chunk, V vocabulary entries, H hidden units.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .projection import Projector, add_to_weight, back_to_hidden, operand_dtype, project
-from .rows import LN2, LOG2E, RowSettings, RowStats, divergence_rows, sampled_rows
+from .rows import LN2, LOG2E, RowSettings, RowStats, divergence_rows, sampled_token, score
 
 
 TargetLogits = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -43,8 +44,10 @@ class Problem:
             Weight of each token in the loss.
         rows ([`~kernels.rows.RowSettings`]):
             Settings of the row transforms.
-        chunk_size (`int`):
+        chunk_size (`int`, *optional*):
             Tokens of one chunk.
+        memory_budget (`int`):
+            Bytes of scratch memory that choose the chunk where `chunk_size` does not.
         center (`bool`):
             Whether `Delta_it` is centred.
         labels (`torch.Tensor` of shape `[N]`, *optional*):
@@ -58,7 +61,8 @@ class Problem:
     frozen: Projector
     weights: Tensor
     rows: RowSettings
-    chunk_size: int
+    chunk_size: int | None
+    memory_budget: int
     center: bool = True
     labels: Tensor | None = None
     target_logits: TargetLogits | None = None
@@ -75,9 +79,21 @@ class Solution:
     grads: list[Tensor | None] = field(default_factory=lambda: [None, None, None])
 
 
-def buffers_per_token(names: tuple[str, ...], custom: bool, softcap_grad: bool, cast_grad: bool) -> float:
-    """How many fp32 rows `[V]` a token needs at once: its logits, and what the gradient cannot form in place."""
-    return 1 + len(names) + 2 * custom + softcap_grad + 0.5 * cast_grad
+def buffers_per_token(states: int, dense: bool, capped: bool, cast: bool) -> float:
+    """
+    How many fp32 rows `[V]` a token needs at once.
+
+    Args:
+        states (`int`):
+            Frozen states that are projected, each to logits of its own; the student's come on top.
+        dense (`bool`):
+            Whether a custom target or the sampled-token loss needs room for dense intermediates.
+        capped (`bool`):
+            Whether softcapping's derivative is kept for the gradient.
+        cast (`bool`):
+            Whether the gradient is rounded to half precision for its matrix products, into a buffer of its own.
+    """
+    return 1 + states + 2 * dense + capped + 0.5 * cast
 
 
 @torch.no_grad()
@@ -104,9 +120,15 @@ class _Pass:
     """Buffers and accumulators of one `solve`."""
 
     def __init__(self, hidden: Tensor, problem: Problem, needs: tuple[bool, bool, bool]):
-        self.hidden, self.problem, self.needs = hidden, problem, needs
-        self.needs_grad = any(needs)
         self.operand = operand_dtype(hidden)
+        self.head_dtype = problem.student.weight.dtype
+        student = problem.student.cast(self.operand)
+        shared = _same_weight(problem.student, problem.frozen)
+        frozen = replace(problem.frozen, weight=student.weight) if shared else problem.frozen.cast(self.operand)
+        problem = replace(problem, student=student, frozen=frozen)
+        self.hidden, self.problem = hidden, problem
+        self.needs_grad = any(needs)
+        self.transform = row_transform(hidden.device)
         self.dtype = torch.float64 if self.operand == torch.float64 else torch.float32
         self.vocab = problem.student.weight.shape[0]
         count = hidden.shape[0]
@@ -114,11 +136,16 @@ class _Pass:
         def empty(*shape: int, dtype: torch.dtype = self.dtype) -> Tensor:
             return torch.empty(shape, device=hidden.device, dtype=dtype)
 
-        n = min(problem.chunk_size, max(count, 1))
-        self.buffer = empty((1 + len(problem.states)) * n, self.vocab)
         capped = self.needs_grad and problem.student.softcap is not None
-        self.cap_buffer = empty(n, self.vocab) if capped else None
         cast = self.needs_grad and self.operand != self.dtype
+        self.chunk = problem.chunk_size or 0
+        if not self.chunk:
+            dense = problem.target_logits is not None or problem.labels is not None
+            rows = buffers_per_token(len(problem.states), dense, capped, cast)
+            self.chunk = max(1, int(problem.memory_budget / (4 * rows * self.vocab)))
+        n = min(self.chunk, max(count, 1))
+        self.buffer = empty((1 + len(problem.states)) * n, self.vocab)
+        self.cap_buffer = empty(n, self.vocab) if capped else None
         self.grad_buffer = empty(n, self.vocab, dtype=self.operand) if cast else None
 
         purified = "delta" in problem.states or ("reference_only" in problem.states and problem.target_logits is None)
@@ -140,12 +167,12 @@ class _Pass:
 
     def run(self) -> Solution:
         problem, count = self.problem, self.hidden.shape[0]
-        for start in range(0, count, problem.chunk_size):
-            self._chunk(start, min(start + problem.chunk_size, count))
+        for start in range(0, count, self.chunk):
+            self._chunk(start, min(start + self.chunk, count))
         grad_hidden, grad_weight, grad_bias = self.grads
         if grad_hidden is not None:
             grad_hidden.mul_(self.weights.unsqueeze(-1))
-        if grad_weight is not None and problem.student.weight.dtype == torch.bfloat16:
+        if grad_weight is not None and self.head_dtype == torch.bfloat16:
             grad_weight = grad_weight.bfloat16()  # half the memory until the backward, with the range of fp32
         return Solution(
             loss=(problem.weights * self.stats.per_token).sum().to(torch.float32),
@@ -169,11 +196,13 @@ class _Pass:
         if self.needs_grad:
             grad = student if self.grad_buffer is None else self.grad_buffer[: end - start]
         if self.problem.labels is None:
-            divergence_rows(student, target, delta, shift, self.problem.rows, stats, grad)
+            self.transform(student, target, delta, shift, self.problem.rows, stats, grad)
             scale = self.problem.rows.grad_scale
         else:
+            # The forward KL without a gradient forms target and metrics, and leaves both softmaxes as they are
+            self.transform(student, target, delta, shift, replace(self.problem.rows, beta=0.0), stats, None)
             labels = self.problem.labels[start:end]
-            log_p, log_q = sampled_rows(student, target, delta, shift, labels, self.problem.rows, stats, grad)
+            log_p, log_q = sampled_token(student, target, labels, stats, grad)
             self._note(student=log_p, target=log_q)
             scale = 1.0
         if grad is not None:
@@ -189,7 +218,7 @@ class _Pass:
         rows = [h[start:end].to(self.operand) for h in hidden]
         heads = [problem.student, *(problem.frozen for _ in problem.states)]
         logits = self.buffer[: len(names) * n].view(len(names), n, self.vocab)
-        if _same(problem.student, problem.frozen):
+        if _same_weight(problem.student, problem.frozen) and problem.student.alpha == problem.frozen.alpha:
             groups = [(0, len(names))]
         else:
             groups = [(0, 1), (1, len(names))]
@@ -215,9 +244,9 @@ class _Pass:
         assert teacher is not None
         if problem.labels is not None:
             labels = problem.labels[start:end]
-            self._note(teacher=_score(teacher, labels))
+            self._note(teacher=score(teacher, labels))
             if reference_only is not None:
-                self._note(reference_only=_score(reference_only, labels))
+                self._note(reference_only=score(reference_only, labels))
         if problem.target_logits is not None:
             assert reference_only is not None and base is not None
             target = problem.target_logits(teacher.mul_(LN2), reference_only.mul_(LN2), base.mul_(LN2))
@@ -240,9 +269,9 @@ class _Pass:
         log_q = torch.log_softmax(target, -1)
         stats.kl_target_base.copy_((log_q.exp() * (log_q - torch.log_softmax(base, -1))).sum(-1))
 
-    def _note(self, **scores: Tensor) -> None:
-        for name, score in scores.items():
-            self.at_label.setdefault(name, []).append(score)
+    def _note(self, **log_probs: Tensor) -> None:
+        for name, values in log_probs.items():
+            self.at_label.setdefault(name, []).append(values)
 
     def _accumulate(self, grad: Tensor, alpha: float, start: int, end: int) -> None:
         weight = self.problem.student.weight
@@ -273,24 +302,24 @@ class AttachGradient(torch.autograd.Function):
         grad_unit, *saved = ctx.saved_tensors
         scale = grad_loss * grad_unit
         grads = iter(saved)
-        return None, None, None, *(
-            (next(grads) * scale).to(dtype) if present else None
-            for present, dtype in zip(ctx.present, ctx.dtypes, strict=True)
-        )
+        pairs = zip(ctx.present, ctx.dtypes, strict=True)
+        return None, None, None, *((next(grads) * scale).to(dtype) if present else None for present, dtype in pairs)
 
 
-def _same(a: Projector, b: Projector) -> bool:
+def _same_weight(a: Projector, b: Projector) -> bool:
+    """Whether two heads share their weight, as the same parameter or as two views of it."""
     one, two = a.weight, b.weight
-    same_weight = one is two or (
-        one.data_ptr() == two.data_ptr()
-        and (one.shape, one.stride(), one.dtype) == (two.shape, two.stride(), two.dtype)
-    )
-    return same_weight and a.alpha == b.alpha
+    layouts = [(x.data_ptr(), x.shape, x.stride(), x.dtype) for x in (one, two)]
+    return one is two or layouts[0] == layouts[1]
 
 
-def _score(logits: Tensor, labels: Tensor) -> Tensor:
-    """Log-probability of each row's label, `[n]` in nats, of logits in bits."""
-    return torch.log_softmax(logits * LN2, -1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+def row_transform(device: torch.device) -> Callable[..., None]:
+    """`divergence_rows` for this device: the Triton twin on CUDA where Triton is installed, else the torch one."""
+    if device.type == "cuda" and find_spec("triton") is not None:
+        from .triton_rows import divergence_rows as triton_divergence_rows
+
+        return triton_divergence_rows
+    return divergence_rows
 
 
 def _checked(target: Tensor, base: Tensor) -> Tensor:

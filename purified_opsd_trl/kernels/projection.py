@@ -2,14 +2,16 @@
 Matrix products with a language-model head: logits out of hidden states, gradients back.
 
 Products accumulate in fp32 and are never rounded to a half-precision type before they are used: on GPUs through an
-fp32 output, elsewhere by computing in fp32, with a half-precision head converted one block of the vocabulary at a time.
+fp32 output, elsewhere by computing in fp32, with a half-precision head converted one block of the vocabulary at a
+time.
 
 Shapes: m rows, V vocabulary entries, H hidden units.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,11 +27,11 @@ def operand_dtype(hidden: Tensor) -> torch.dtype:
     """
     Dtype of the operands of the matrix products.
 
-    On an accelerator the autocast dtype, or that of the hidden states. A CPU gains nothing from rounding, so there it
-    is fp32, or fp64 for fp64 hidden states.
+    On CUDA the autocast dtype, or that of the hidden states: its products can be written in fp32. Elsewhere fp32, or
+    fp64 for fp64 hidden states: a CPU gains nothing from rounding, other accelerators would round the result as well.
     """
     kind = hidden.device.type
-    if kind == "cpu":
+    if kind != "cuda":
         return torch.float64 if hidden.dtype == torch.float64 else torch.float32
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
@@ -68,6 +70,15 @@ class Projector:
         """Derivative of natural logits by the matrix product, less the factor `1 - tanh^2` of softcapping."""
         return self.scale / self.temperature
 
+    def cast(self, dtype: torch.dtype) -> Projector:
+        """
+        The same head with a weight in the operands' half precision, converted once for all chunks.
+
+        Under fp32 or fp64 operands a weight of another dtype stays as it is; its blocks are converted at each use.
+        """
+        half = dtype in (torch.bfloat16, torch.float16)
+        return replace(self, weight=self.weight.to(dtype)) if half and self.weight.dtype != dtype else self
+
     def finish(self, product: Tensor, bias: bool = True) -> None:
         """Turns `alpha * h W^T`, `[m, V]`, into logits in place. A difference of logits carries no bias."""
         if bias and self.bias is not None:
@@ -83,10 +94,8 @@ class Projector:
 
 def project(hidden: Tensor, weight: Tensor, alpha: float, out: Tensor) -> None:
     """`out = alpha * hidden @ weight.T`: `[m, H]` and `[V, H]` to `[m, V]`, fp32 or fp64."""
-    if hidden.dtype != out.dtype:  # half precision on an accelerator
-        torch.addmm(
-            out, hidden, weight.to(hidden.dtype).t(), out_dtype=out.dtype, beta=0, alpha=alpha, out=out
-        )
+    if hidden.dtype != out.dtype:  # half precision on CUDA
+        torch.addmm(out, hidden, weight.to(hidden.dtype).t(), out_dtype=out.dtype, beta=0, alpha=alpha, out=out)
         return
     for start, end, block in _blocks(weight, out.dtype):
         part = out[:, start:end]
@@ -107,10 +116,11 @@ def add_to_weight(grad: Tensor, hidden: Tensor, alpha: float, out: Tensor) -> No
     if grad.dtype != out.dtype:
         torch.addmm(out, grad.t(), hidden, out_dtype=out.dtype, alpha=alpha, out=out)
     else:
-        out.addmm_(grad.t(), hidden, alpha=alpha)
+        torch.addmm(out, grad.t(), hidden, alpha=alpha, out=out)
 
 
-def _blocks(weight: Tensor, dtype: torch.dtype):
+def _blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
+    """The rows of `weight` in `dtype`: as they are, or converted one block at a time."""
     if weight.dtype == dtype:
         yield 0, weight.shape[0], weight
         return

@@ -13,13 +13,18 @@ With `p` the student, `q` the target and `m = (1 - beta) p + beta q`, writing `<
 |---|---|---|
 | 0 | `KL(q || p)`, forward | `p - q` |
 | 1 | `KL(p || q)`, reverse | `p (a - <a>_p)`, `a = log p - log q` |
-| else | `beta KL(q || m) + (1 - beta) KL(p || m)` | `(1 - beta) p (a - <a>_p)`, `a = log p - log m` |
+| else | `beta KL(q || m) + (1 - beta) KL(p || m)` | `(1 - beta) p (<g>_p - g)`, `g = log(1 + r)` |
+
+In the last line `r = beta q / ((1 - beta) p)`; it is the textbook `(1 - beta) p (a - <a>_p)` with `a = log p - log m`,
+since `a = -g - log(1 - beta)`. The ratio is accurate where `p` and `q` are close; a difference of two logarithms of
+size 10 is not.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +35,12 @@ LOG2E = 1.0 / LN2
 
 # Elements of one block of rows: three scratch blocks and the logits they are made from stay in a core's cache.
 _CPU_BLOCK = 1 << 18
+
+# Rows whose largest logit lies within this many bits of zero need no shift before `exp2`.
+SAFE = 60.0
+
+# Bits below a row's largest logit under which a probability cannot matter to a divergence that is bounded.
+FLOOR = 80.0
 
 
 @dataclass(frozen=True)
@@ -64,7 +75,9 @@ class RowSettings:
         """Factor that the written gradient still lacks; the caller multiplies it into its matrix product."""
         if self.beta == 0.0:
             return 1.0
-        return LN2 if self.beta == 1.0 else LN2 * (1.0 - self.beta)
+        if self.beta == 1.0:
+            return LN2
+        return LN2 * (1.0 - self.beta) * (-1.0 if self.kl_clip is None else 1.0)
 
 
 @dataclass(frozen=True)
@@ -80,7 +93,8 @@ class RowStats:
 
     def rows(self, start: int, end: int) -> RowStats:
         """Views of the rows `start` to `end`."""
-        return RowStats(**{name: None if x is None else x[start:end] for name, x in vars(self).items()})
+        views: dict[str, Any] = {name: None if x is None else x[start:end] for name, x in vars(self).items()}
+        return RowStats(**views)
 
 
 def divergence_rows(
@@ -127,57 +141,72 @@ def _divergence_block(
     scratch: Tensor,
 ) -> None:
     p, q, work = scratch.unbind(0)
+    out = work if grad is None or grad.dtype != work.dtype else grad
     lse_base = None
     if delta is not None and shift is not None:
         lse_base = _purify(target, delta, shift, settings, stats, work)
-    log_zp, _ = _softmax(student, p)
-    log_zq, max_q = _softmax(target, q)
 
-    cross = _dot(q, student, work)
+    shift_q, _ = _shift(target)
+    log_zq = _softmax(target, q)
     own = _dot(q, target, work)
-    kl_forward = (own - cross - log_zq + log_zp).mul_(LN2)
-    stats.student_entropy.copy_((log_zp - _dot(p, student, work)) * LN2)
     stats.target_entropy.copy_((log_zq - own) * LN2)
-    stats.kl_target_student.copy_(kl_forward)
     if delta is not None and lse_base is not None and stats.kl_target_base is not None:
-        tilt = _dot(q, delta, work).mul_(settings.tilt_gain)
-        stats.kl_target_base.copy_((tilt - log_zq - max_q + lse_base) * LN2)
+        tilt = _dot(q, delta, work) * settings.tilt_gain
+        stats.kl_target_base.copy_((tilt - log_zq - shift_q + lse_base) * LN2)
 
-    out = work if grad is None or grad.dtype != work.dtype else grad
+    _, top_p = _shift(student)
+    gap = _dot(q, torch.sub(target, student, out=work), work)
+    mixed = 0.0 < settings.beta < 1.0 and settings.kl_clip is None
+    floored = mixed and _raise_to_floor(student, top_p)
+    log_zp = _softmax(student, p)
+    stats.student_entropy.copy_((log_zp - _dot(p, student, work)) * LN2)
+    kl_forward = gap - log_zq + log_zp  # bits
+    stats.kl_target_student.copy_(kl_forward * LN2)
+
     if settings.kl_clip is not None:
         _clipped(student, target, p, q, work, log_zp, log_zq, settings, stats, grad)
         return
     if settings.beta == 0.0:
-        stats.per_token.copy_(kl_forward)
+        stats.per_token.copy_(kl_forward * LN2)
         if grad is not None:
             torch.sub(p, q, out=out)
-    else:
-        if settings.beta == 1.0:
-            reference, part = target, log_zq
-        else:
-            torch.lerp(p, q, settings.beta, out=work)
-            # Both vanish only where neither contributes; the bound keeps 0 * log 0 finite.
-            reference = work.clamp_(min=torch.finfo(work.dtype).tiny).log2_()
-            part = _dot(q, target.sub_(reference), target) - log_zq
+    elif settings.beta == 1.0:
         # A constant of a row cancels in `a - <a>_p`, so the normalisers enter the divergence only.
-        mean = torch.sub(student, reference, out=out).mul_(p).sum(-1)
-        if settings.beta == 1.0:
-            stats.per_token.copy_((mean - log_zp + part) * LN2)
-        else:
-            stats.per_token.copy_((settings.beta * part + (1 - settings.beta) * (mean - log_zp)) * LN2)
+        mean = torch.sub(student, target, out=out).mul_(p).sum(-1)
+        stats.per_token.copy_((mean - log_zp + log_zq) * LN2)
         if grad is not None:
             out.addcmul_(p, mean.neg_().unsqueeze(-1))
+    else:
+        if floored:
+            kl_forward = _dot(q, torch.sub(target, student, out=work), work) - log_zq + log_zp
+        ratio = _log_ratio(p, q, settings.beta, work)
+        kl_target = kl_forward - _dot(q, ratio, target)  # KL(q || m), and below -KL(p || m), plus log2(1 - beta)
+        mean = torch.mul(ratio, p, out=out).sum(-1)
+        mixture = (settings.beta * kl_target - (1 - settings.beta) * mean) * LN2
+        stats.per_token.copy_(mixture - math.log(1 - settings.beta))
+        if grad is not None:
+            out.addcmul_(p, mean.neg_().unsqueeze(-1))  # p (g - <g>_p); `grad_scale` turns the sign
     if grad is not None and out is not grad:
         grad.copy_(out)
+
+
+def _log_ratio(p: Tensor, q: Tensor, beta: float, out: Tensor) -> Tensor:
+    """`log2(1 + beta q / ((1 - beta) p))`, which is `log2(m / p) - log2(1 - beta)`."""
+    torch.div(q, p, out=out)
+    if beta != 0.5:
+        out.mul_(beta / (1 - beta))
+    return out.add_(1.0).log2_()
 
 
 def _purify(
     base: Tensor, delta: Tensor, shift: Tensor, settings: RowSettings, stats: RowStats, work: Tensor
 ) -> Tensor:
     """`base` becomes the purified target's logits, `delta` the clipped tilt; returns the base's log-sum-exp, `[n]`."""
-    top = base.amax(-1, keepdim=True)
-    torch.sub(base, top, out=work)
-    lse_base = work.exp2_().sum(-1).log2_().add_(top.squeeze(-1))
+    torch.exp2(base, out=work)  # a log-sum-exp without shift; redone with one where that leaves the range
+    lse_base = work.sum(-1).log2_()
+    if not bool(lse_base.abs().le(SAFE).all()):
+        top = base.amax(-1, keepdim=True)
+        lse_base = torch.sub(base, top, out=work).exp2_().sum(-1).log2_().add_(top.squeeze(-1))
     scale = settings.delta_scale
     torch.add(shift * -scale, delta, alpha=scale, out=delta)
     if settings.pmi_clip is not None:
@@ -189,14 +218,36 @@ def _purify(
     return lse_base
 
 
-def _softmax(logits: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    """`logits` less their maximum in place, their softmax into `out`; returns log2 of the normaliser and the maximum."""
-    top = logits.amax(-1, keepdim=True)
-    logits.sub_(top)
+def _shift(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    Subtracts each row's maximum in place where `exp2` could leave its range otherwise.
+
+    Returns what was subtracted and the maximum of what remains, `[n]` each.
+
+    Moderate logits are left alone: the subtraction would round them, and cost more accuracy than all the rest.
+    """
+    top = logits.amax(-1)
+    shift = top.masked_fill(top.abs() <= SAFE, 0.0)
+    if bool(shift.any()):
+        logits.sub_(shift.unsqueeze(-1))
+    return shift, top - shift
+
+
+def _raise_to_floor(logits: Tensor, top: Tensor) -> bool:
+    """Raises logits far below their row's maximum, so that a ratio of probabilities stays finite; True if any was."""
+    floor = top - FLOOR
+    if bool((logits.amin(-1) >= floor).all()):
+        return False
+    torch.maximum(logits, floor.unsqueeze(-1), out=logits)
+    return True
+
+
+def _softmax(logits: Tensor, out: Tensor) -> Tensor:
+    """Softmax of shifted logits into `out`; returns the log2 of the normaliser, `[n]` fp64."""
     torch.exp2(logits, out=out)
     norm = out.sum(-1, keepdim=True)
     out.mul_(norm.reciprocal())
-    return norm.squeeze(-1).log2_(), top.squeeze(-1)
+    return norm.squeeze(-1).double().log2_()
 
 
 def _dot(a: Tensor, b: Tensor, work: Tensor) -> Tensor:
@@ -224,8 +275,8 @@ def _clipped(
     """
     assert settings.kl_clip is not None
     beta = settings.beta
-    log_p = student.sub_(log_zp.unsqueeze(-1))
-    log_q = target.sub_(log_zq.unsqueeze(-1))
+    log_p = student.sub_(log_zp.to(student.dtype).unsqueeze(-1))
+    log_q = target.sub_(log_zq.to(target.dtype).unsqueeze(-1))
     if beta == 0.0:
         terms, slope = q * (log_q - log_p) * LN2, -q
     elif beta == 1.0:
@@ -243,33 +294,32 @@ def _clipped(
         grad.copy_(slope)
 
 
-def sampled_rows(
-    student: Tensor,  # [n, V] bits; overwritten
-    target: Tensor,  # [n, V] bits; the base's logits where `delta` is given; overwritten
-    delta: Tensor | None,  # [n, V] bits; overwritten
-    shift: Tensor | None,  # [n] bits
+def sampled_token(
+    student: Tensor,  # [n, V] bits
+    target: Tensor,  # [n, V] bits
     labels: Tensor,  # [n] sampled token ids
-    settings: RowSettings,
-    stats: RowStats,
-    grad: Tensor | None,
+    stats: RowStats,  # [n] each; `per_token` is written
+    grad: Tensor | None,  # [n, V]
 ) -> tuple[Tensor, Tensor]:
     """
-    The sampled-token loss `-A log p(y)` with `A = log q(y) - log p(y)` held constant, and the same metrics.
+    The sampled-token loss `-A log p(y)` with `A = log q(y) - log p(y)` held constant.
 
     Writes the whole gradient, `-A (onehot(y) - p)`. Returns `log p(y)` and `log q(y)`, each `[n]` in nats.
     """
-    scores = [torch.empty_like(stats.per_token) for _ in range(2)]
     at = labels.unsqueeze(-1)
-    kl_only = RowSettings(0.0, settings.pmi_beta, settings.pmi_clip)
-    # The forward-KL transform leaves the shifted logits in place, from which both scores can be read.
-    divergence_rows(student, target, delta, shift, kl_only, stats, None)
-    for score, logits in zip(scores, (student, target), strict=True):
-        score.copy_((logits.gather(-1, at).squeeze(-1) - logits.exp2().sum(-1).log2_()) * LN2)
-    log_p, log_q = scores
+    log_q = score(target, labels)
+    log_probs = torch.log_softmax(student * LN2, -1)
+    log_p = log_probs.gather(-1, at).squeeze(-1)
     advantage = log_q - log_p
     stats.per_token.copy_(-advantage * log_p)
     if grad is not None:
-        probs = torch.softmax(student * LN2, -1)
+        probs = log_probs.exp_()
         probs.scatter_add_(-1, at, torch.full_like(at, -1, dtype=probs.dtype))
-        grad.copy_(probs.mul_(advantage.to(probs.dtype).unsqueeze(-1)))
+        grad.copy_(probs.mul_(advantage.unsqueeze(-1)))
     return log_p, log_q
+
+
+def score(logits: Tensor, labels: Tensor) -> Tensor:
+    """Log-probability of each row's label, `[n]` in nats, of logits `[n, V]` in bits."""
+    at_label = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    return at_label * LN2 - torch.logsumexp(logits * LN2, -1)

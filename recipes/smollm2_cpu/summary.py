@@ -116,10 +116,11 @@ def print_log(output_dir: Path) -> None:
         return
     steps = [entry for entry in json.loads(states[-1].read_text())["log_history"] if "loss" in entry]
     print(f"Training log ({states[-1]}), in nats a token unless it says otherwise")
-    print(f"  {'':34}{'step ' + str(steps[0]['step']):>10}{'step ' + str(steps[-1]['step']):>10}")
+    shown = steps[:1] + steps[1:][-1:]
+    print(f"  {'':34}" + "".join(f"{'step ' + str(entry['step']):>10}" for entry in shown))
     for key, name in METRICS.items():
         if key in steps[0]:
-            print(f"  {name:34}{steps[0][key]:10.4g}{steps[-1][key]:10.4g}")
+            print(f"  {name:34}" + "".join(f"{entry[key]:10.4g}" for entry in shown))
 
 
 def print_decomposition(parts: Decomposition, probabilities: torch.Tensor) -> None:

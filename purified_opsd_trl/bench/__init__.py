@@ -1,0 +1,29 @@
+"""`purified-opsd bench`: the loss, or a whole optimisation step, against what others pay for it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str]) -> int:
+    """
+    Runs one of the two benchmarks and writes its report.
+
+    Args:
+        argv (`Sequence[str]`):
+            `loss` or `step`, then the flags of that benchmark (`--help` lists them).
+
+    Returns:
+        `int`: exit status.
+    """
+    parser = argparse.ArgumentParser(prog="purified-opsd bench", description=__doc__)
+    subparsers = parser.add_subparsers(dest="bench", required=True)
+    subparsers.add_parser("loss", add_help=False, help="forward and backward of the loss")
+    subparsers.add_parser("step", add_help=False, help="scoring, loss, backward and update of one step")
+    bench = parser.parse_args(argv[:1]).bench
+    if bench == "loss":
+        from .loss import run
+    else:
+        from .step import run
+    return run(argv[1:])

@@ -1,0 +1,158 @@
+"""
+Benchmarks: presets on the hub, or any local JSONL file with the fields `problem` and `answer`.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+
+
+@dataclass(frozen=True)
+class Preset:
+    """
+    A benchmark on the hub.
+
+    Attributes:
+        title (`str`):
+            Name for people.
+        hub_id (`str`):
+            Data set id, with the columns `problem` and `answer`.
+        split (`str`):
+            Split.
+        licence (`str`):
+            Licence of the data.
+    """
+
+    title: str
+    hub_id: str
+    split: str
+    licence: str
+
+
+_CARD = "see the data card at https://huggingface.co/datasets/"
+
+PRESETS = {
+    "aime24": Preset("AIME 2024", "HuggingFaceH4/aime_2024", "train", _CARD + "HuggingFaceH4/aime_2024"),
+    "aime25": Preset("AIME 2025", "MathArena/aime_2025", "train", _CARD + "MathArena/aime_2025"),
+    "hmmt25": Preset("HMMT February 2025", "MathArena/hmmt_feb_2025", "train", _CARD + "MathArena/hmmt_feb_2025"),
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """
+    One problem.
+
+    Attributes:
+        id (`str`):
+            Identifier within its benchmark: the row's `id`, or its number.
+        problem (`str`):
+            Text.
+        answer (`str`):
+            The right answer, as text or LaTeX.
+    """
+
+    id: str
+    problem: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """
+    A set of problems.
+
+    Attributes:
+        name (`str`):
+            Name in the results.
+        source (`str`):
+            Hub id or path.
+        licence (`str`):
+            Licence of the data.
+        problems (`tuple[Problem, ...]`):
+            The problems.
+    """
+
+    name: str
+    source: str
+    licence: str
+    problems: tuple[Problem, ...]
+
+
+def load_benchmark(name: str, limit: int | None = None) -> Benchmark:
+    """
+    Loads a preset or a local JSONL file.
+
+    Args:
+        name (`str`):
+            Key of `PRESETS`, or the path of a JSONL file.
+        limit (`int`, *optional*):
+            Only the first problems.
+
+    Returns:
+        [`Benchmark`]
+
+    Raises:
+        `InputError`: for an unknown name, an unreadable file, or a row without problem or answer.
+    """
+    if name in PRESETS:
+        preset = PRESETS[name]
+        rows, source, licence = _from_hub(name, preset), preset.hub_id, preset.licence
+    elif name.endswith((".jsonl", ".json")):
+        rows, source, licence = _from_file(Path(name)), name, "local file"
+        name = Path(name).stem
+    else:
+        raise InputError(
+            f"`benchmarks`: there is no preset `{name}`. Presets are {', '.join(PRESETS)}; for your own problems give "
+            "the path of a .jsonl file with the fields `problem` and `answer`."
+        )
+    problems = tuple(_problem(row, index, source) for index, row in enumerate(rows[:limit]))
+    if not problems:
+        raise InputError(f"`benchmarks`: {source} holds no problems.")
+    ids = [problem.id for problem in problems]
+    if len(set(ids)) < len(ids):
+        twice = next(i for i in ids if ids.count(i) > 1)
+        raise InputError(f"`benchmarks`: {source} holds the id {twice!r} twice. Make ids unique, or remove them.")
+    return Benchmark(name, source, licence, problems)
+
+
+def _from_hub(name: str, preset: Preset) -> list[dict[str, Any]]:
+    from datasets import load_dataset
+
+    try:
+        return list(load_dataset(preset.hub_id, split=preset.split))
+    except Exception as error:  # offline, renamed, gated: hub errors have no common type
+        raise InputError(
+            f"`benchmarks`: `{name}` ({preset.hub_id}) cannot be loaded: {error}. Without a network, give a local "
+            ".jsonl file with the fields `problem` and `answer`."
+        ) from error
+
+
+def _from_file(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise InputError(f"`benchmarks`: there is no file {path}.")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}, line {number}: not JSON ({error}). Write one object a line.") from None
+    return rows
+
+
+def _problem(row: Any, index: int, source: str) -> Problem:
+    if not isinstance(row, Mapping):
+        raise InputError(f"{source}, row {index}: expected an object with `problem` and `answer`.")
+    for field in ("problem", "answer"):
+        if row.get(field) is None or not str(row[field]).strip():
+            raise InputError(
+                f"{source}, row {index}: the field `{field}` is missing or empty; the row has "
+                f"{', '.join(f'`{key}`' for key in row)}."
+            )
+    return Problem(str(row.get("id", index)), str(row["problem"]), str(row["answer"]))

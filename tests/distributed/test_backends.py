@@ -1,0 +1,179 @@
+"""Two processes under each backend against one process on the same data, and against themselves after a resume."""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from .jobs import PROBE, Job, job_name
+from .worlds import BACKENDS, World
+
+
+CELLS = tuple(itertools.product(("base", "live", "ema"), (True, False)))
+# What every run of the suite covers: each backend, each teacher, and each of LoRA and full fine-tuning
+DIAGONAL = {
+    "ddp": (("ema", False),),
+    "zero1": (("live", True),),
+    "zero2": (("base", False),),
+    "zero3": (("ema", True), ("base", False)),
+    "fsdp2": (("ema", False), ("base", True)),
+}
+SHARDED = ("zero3", "fsdp2")
+
+
+def parity(kind: str, lora: bool) -> Job:
+    return Job(job_name(kind, lora), kind, lora, stages=("evaluate", "save"))
+
+
+def skewed(kind: str, lora: bool) -> Job:
+    return Job(f"{job_name(kind, lora)}-skewed", kind, lora, data="skewed")
+
+
+def straight(kind: str, lora: bool) -> Job:
+    return Job(f"{job_name(kind, lora)}-straight", kind, lora, stages=("checkpoints", "sample"))
+
+
+def resumed(kind: str, lora: bool) -> Job:
+    name, checkpoint = job_name(kind, lora), f"{straight(kind, lora).name}/run/checkpoint-2"
+    return Job(f"{name}-resumed", kind, lora, stages=("checkpoints", "sample"), resume=checkpoint)
+
+
+def cases(marked: bool) -> list[Any]:
+    """(backend, cells of its world, cell): the diagonal, and behind a marker each backend with all cells."""
+    selected = {backend: CELLS for backend in BACKENDS} if marked else DIAGONAL
+    marks = [pytest.mark.distributed] if marked else []
+    return [
+        pytest.param(backend, cells, cell, marks=marks, id=f"{backend}-{job_name(*cell)}")
+        for backend, cells in selected.items()
+        for cell in cells
+    ]
+
+
+every_cell = pytest.mark.parametrize(("backend", "cells", "cell"), cases(marked=False) + cases(marked=True))
+Together = Callable[[str, tuple[Job, ...]], World]
+Alone = Callable[[Job], dict[str, Any]]
+
+
+def world_of(together: Together, backend: str, cells: tuple[tuple[str, bool], ...]) -> World:
+    jobs = [parity(*cell) for cell in cells] + [job(*cells[0]) for job in (skewed, straight, resumed)]
+    return together(backend, tuple(jobs))
+
+
+def assert_same_losses(expected: dict[str, Any], figures: list[dict[str, Any]]) -> None:
+    assert expected["steps"] == figures[0]["steps"] == 4
+    for one, two in zip(expected["logs"], figures[0]["logs"], strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
+        assert two["loss"] > 1e-4  # a loss of zero would agree with anything
+        for name in one:
+            if name.startswith("purification/") or name in ("entropy", "num_tokens", "completions/mean_length"):
+                assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-5), name
+
+
+@every_cell
+def test_losses_and_metrics_are_those_of_one_process(
+    together: Together, alone: Alone, backend: str, cells: Any, cell: tuple[str, bool]
+) -> None:
+    figures = world_of(together, backend, cells).figures(job_name(*cell))
+    expected = alone(parity(*cell))
+    assert_same_losses(expected, figures)
+    # five rows, one a forward: the second process repeats a row, which must not count
+    assert figures[0]["eval"]["eval_loss"] == pytest.approx(expected["eval"]["eval_loss"], abs=1e-5)
+
+
+@every_cell
+def test_saved_weights_reload(
+    together: Together, alone: Alone, model_dir: Path, backend: str, cells: Any, cell: tuple[str, bool]
+) -> None:
+    world = world_of(together, backend, cells)
+    saved = world.folder / job_name(*cell) / "saved"
+    if cell[1]:
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_dir, dtype="float32"), saved)
+        assert [folder.name for folder in saved.iterdir() if folder.is_dir()] == []  # no second adapter
+    else:
+        model = AutoModelForCausalLM.from_pretrained(saved, dtype="float32")
+    with torch.no_grad():
+        logits = model.eval()(input_ids=PROBE).logits.flatten()
+    initial = AutoModelForCausalLM.from_pretrained(model_dir, dtype="float32")(input_ids=PROBE).logits.flatten()
+    assert (logits - initial).abs().max() > 1e-3  # it has learnt
+    for figures in world.figures(job_name(*cell)):
+        torch.testing.assert_close(torch.tensor(figures["logits"]), logits, rtol=0.0, atol=1e-5)
+    torch.testing.assert_close(torch.tensor(alone(parity(*cell))["logits"]), logits, rtol=0.0, atol=1e-3)
+
+
+@every_cell
+def test_weights_are_sharded_and_frozen_ones_have_no_optimizer_state(
+    together: Together, backend: str, cells: Any, cell: tuple[str, bool]
+) -> None:
+    for figures in world_of(together, backend, cells).figures(job_name(*cell)):
+        here, whole = figures["student_elements"]
+        # every parameter is split in two, but for one element where its size is odd
+        assert here <= 0.51 * whole if backend in SHARDED else here == whole
+        assert ("teacher_elements" in figures) == (cell[0] != "live" and not cell[1])
+        if "teacher_elements" in figures:
+            assert figures["teacher_elements"] == [here, whole]
+            assert not figures["teacher_trains"]
+            assert not figures["teacher_has_optimizer"]
+            assert not figures["teacher_is_optimized"]
+
+
+@every_cell
+def test_rows_of_very_different_length_neither_hang_nor_change_the_loss(
+    together: Together, alone: Alone, backend: str, cells: Any, cell: tuple[str, bool]
+) -> None:
+    if cell != cells[0]:
+        pytest.skip("one cell a backend")
+    # the second process scores a few short rows where the first scores long ones, and has one token where it has eight
+    job = skewed(*cell)
+    assert_same_losses(alone(job), world_of(together, backend, cells).figures(job.name))
+
+
+STATE = ("weights", "optimizer_state", "ema", "rng", "lr")
+
+
+def assert_same_state(world: World, one: str, two: str) -> None:
+    for before, after in zip(world.figures(one), world.figures(two), strict=True):
+        for name in STATE:
+            assert after[name] == before[name], name
+        assert before["weights"] and before["optimizer_state"] and after["steps"] == 4
+        assert [e["loss"] for e in after["logs"]] == [e["loss"] for e in before["logs"]]
+
+
+@pytest.mark.parametrize(("backend", "cells"), [pytest.param(b, c, id=b) for b, c in DIAGONAL.items()])
+def test_resuming_is_exact(together: Together, backend: str, cells: Any) -> None:
+    world = world_of(together, backend, cells)
+    assert_same_state(world, straight(*cells[0]).name, resumed(*cells[0]).name)
+
+
+def kill_cases() -> list[Any]:
+    """Killed while writing under DDP in every run; everything else behind the marker."""
+    result = []
+    for backend, death, cell in itertools.product(BACKENDS, ("die_in_write", "die_in_step"), CELLS):
+        default = (backend, death, cell) == ("ddp", "die_in_write", ("ema", False))
+        if default or cell == ("ema", True) or (death == "die_in_write" and cell in (("ema", False), ("base", False))):
+            marks = [] if default else [pytest.mark.distributed]
+            result.append(pytest.param(backend, death, cell, marks=marks, id=f"{backend}-{death}-{job_name(*cell)}"))
+    return result
+
+
+@pytest.mark.parametrize(("backend", "death", "cell"), kill_cases())
+def test_a_killed_job_goes_on_from_the_last_whole_checkpoint(
+    model_dir: Path, tmp_path: Path, backend: str, death: str, cell: tuple[str, bool]
+) -> None:
+    stages = ("checkpoints", "sample")
+    World(backend, [Job("killed", *cell, stages=(*stages, death))], model_dir, tmp_path).start().wait_for_death()
+    run = tmp_path / "killed" / "run"
+    incomplete = "checkpoint-4" if death == "die_in_write" else None
+    assert sorted(folder.name for folder in run.glob("checkpoint-*")) == ["checkpoint-2", *filter(None, [incomplete])]
+
+    jobs = [Job("resumed", *cell, stages=stages, resume=True, output="killed"), Job("straight", *cell, stages=stages)]
+    world = World(backend, jobs, model_dir, tmp_path).start().wait()
+    log = world.logs(size=10**7)
+    assert log.count(f"Resuming from {run / 'checkpoint-2'}") == 1  # one process says so
+    assert (f"passing over incomplete: {incomplete}" in log) == (incomplete is not None)
+    assert_same_state(world, "straight", "resumed")
+    assert (run / "checkpoint-4" / "trainer_state.json").is_file()

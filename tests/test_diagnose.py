@@ -1,0 +1,260 @@
+"""`purified-opsd diagnose` against the oracle, and its page in a real browser."""
+
+import copy
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from purified_opsd_trl import cli
+from purified_opsd_trl.decomposition import STATISTICS
+from purified_opsd_trl.diagnose.measure import DISTRIBUTIONS, summarise
+from purified_opsd_trl.diagnose.render import html_page
+from tests import reference
+from tests.browser import accessibility_violations, chromium, evaluate_in_page, html_errors, requests_made
+from tests.conftest import FIXTURES
+
+
+pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Any]) -> Path:
+    """A run with two adapter checkpoints."""
+    folder = tmp_path_factory.mktemp("run")
+    for step in (5, 10):
+        model = get_peft_model(copy.deepcopy(make_model()), LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
+        torch.manual_seed(step)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(std=0.02 * step)
+        model.save_pretrained(folder / f"checkpoint-{step}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, run_dir: Path) -> Path:
+    folder = tmp_path_factory.mktemp("diagnosis")
+    data = FIXTURES / "data" / "conversational.jsonl"
+    flags = (
+        f"diagnose --model {model_dir} --checkpoints {run_dir} --dataset {data} --num_samples 4 --num_pages 3 "
+        f"--max_completion_length 24 --dtype float32 --alternatives 3 --output_dir {folder}"
+    )
+    assert cli.main(flags.split()) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def diagnosis(output: Path) -> dict[str, Any]:
+    return json.loads((output / "diagnosis.json").read_text())
+
+
+def test_every_number_equals_the_oracle(
+    diagnosis: dict[str, Any], make_model: Callable[..., Any], tokenizer: Any, run_dir: Path
+) -> None:
+    assert [s["label"] for s in diagnosis["students"]][1:] == [f"{run_dir.name}-checkpoint-{n}" for n in (5, 10)]
+    assert [s["step"] for s in diagnosis["students"]] == [0, 5, 10]
+    from peft import PeftModel
+
+    frozen = make_model().double()
+    for student in (diagnosis["students"][0], diagnosis["students"][2]):
+        trained = make_model()
+        if student["step"]:
+            trained = PeftModel.from_pretrained(trained, run_dir / "checkpoint-10")
+        trained = trained.double().eval()
+        sample = student["samples"][1]
+        rows = [json.loads(line) for line in (FIXTURES / "data" / "conversational.jsonl").read_text().splitlines()]
+        row = next(r for r in rows if r["prompt"][-1]["content"] == sample["prompt"].split("user: ")[-1])
+        completion = [token for piece in sample["pieces"] for token in encode(tokenizer, piece)]
+        instruction = (
+            "Use the worked solution to understand the problem, then solve the problem yourself, step by step."
+        )
+        shown = f"Worked solution of this problem:\n{row['reference']}\n\n{instruction}"
+        system = [turn for turn in row["prompt"] if turn["role"] == "system"]
+        question = row["prompt"][-1]["content"]
+        contexts = {
+            "student": row["prompt"],
+            "base": row["prompt"],
+            "teacher": [*row["prompt"][:-1], {"role": "user", "content": f"{question}\n\n{shown}"}],
+            "reference_only": [*system, {"role": "user", "content": shown}],
+        }
+        logits = {}
+        for name, messages in contexts.items():
+            prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+            model = trained if name == "student" else frozen
+            with torch.no_grad():
+                logits[name] = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        expected = reference.decompose(logits["student"], logits["teacher"], logits["reference_only"])
+        for name in STATISTICS:
+            assert sample[name] == pytest.approx(getattr(expected, name).tolist(), rel=1e-3, abs=1e-4), name
+        for i, token in enumerate(completion):
+            for name in ("total", "ref", "it"):
+                value = getattr(expected, name)[i, token].item()
+                assert sample[f"delta_{name}"][i] == pytest.approx(value, abs=1e-3)
+            for name in DISTRIBUTIONS:
+                probabilities = logits[name][i].softmax(-1)
+                assert sample[f"logprob_{name}"][i] == pytest.approx(probabilities[token].log().item(), abs=1e-3)
+                top = probabilities.topk(3).values.tolist()
+                assert [p for _, p in sample["alternatives"][i][name]] == pytest.approx(top, abs=1e-4)
+
+
+def encode(tokenizer: Any, piece: str) -> list[int]:
+    special = tokenizer.convert_tokens_to_ids(piece) if piece.startswith("<") and len(piece) > 1 else None
+    return [special] if special is not None else list(piece.encode())
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _ascii_completions() -> Any:
+    """Completions in ASCII, so that a token's text gives its id back."""
+    from purified_opsd_trl.evaluate.backends import TransformersBackend
+
+    original = TransformersBackend.generate
+
+    def generate(self: Any, requests: Any, sampling: Any) -> Any:
+        from purified_opsd_trl.evaluate.backends import Completion
+
+        for completion in original(self, requests, sampling):
+            ids = [32 + i % 95 if i < 256 else i for i in completion.ids]
+            ids = [i if i < 128 else 65 for i in ids] or [65]
+            ids = list(b"Wait, 2 + 3 = 5. ") + [i for i in ids if i != ord("<")]
+            yield Completion(completion.key, ids, completion.truncated)
+
+    TransformersBackend.generate = generate  # type: ignore[method-assign]
+    yield
+    TransformersBackend.generate = original  # type: ignore[method-assign]
+
+
+def test_the_summary_is_the_mean_over_tokens(diagnosis: dict[str, Any]) -> None:
+    for student in diagnosis["students"]:
+        values = [v for sample in student["samples"] for v in sample["mass_cos_total_ref"]]
+        groups = student["summary"]["groups"]
+        assert groups["all"]["mass_cos_total_ref"] == pytest.approx(sum(values) / len(values))
+        assert groups["all"]["tokens"] == len(values)
+        epistemic = [
+            sample["delta_ref"][i]
+            for sample in student["samples"]
+            for i, kind in enumerate(sample["classes"])
+            if kind == 0
+        ]
+        assert groups["epistemic"]["tokens"] == len(epistemic) >= 16
+        assert groups["epistemic"]["delta_ref"] == pytest.approx(sum(epistemic) / len(epistemic))
+        assert sum(groups[f"{t} third"]["tokens"] for t in ("first", "middle", "last")) == len(values)
+        assert sum(part["tokens"] for part in student["summary"]["along_completion"]) == len(values)
+        assert student["summary"]["markers_per_1k"]["wait"] == pytest.approx(1000 * 4 / len(values))
+
+
+def test_without_training_student_and_base_are_one(diagnosis: dict[str, Any]) -> None:
+    for sample in diagnosis["students"][0]["samples"]:
+        assert sample["logprob_student"] == sample["logprob_base"]
+    moved = diagnosis["students"][2]["samples"][0]
+    assert moved["logprob_student"] != moved["logprob_base"]
+
+
+def test_groups_without_tokens_are_empty() -> None:
+    assert summarise([])["groups"]["epistemic"] == {"tokens": 0}
+
+
+def test_figures_are_written(output: Path) -> None:
+    names = {path.stem for path in output.glob("*.png")}
+    assert names == {"cosines", "norm_ratio", "markers", "lengths", "position_cosines", "position_deltas"}
+
+
+def test_text_of_a_completion_cannot_break_the_page(diagnosis: dict[str, Any]) -> None:
+    hostile = "</script><script>document.title='broken'</script><!--<script>"
+    changed = copy.deepcopy(diagnosis)
+    changed["students"][0]["samples"][0]["pieces"][0] = hostile
+    changed["students"][0]["samples"][0]["prompt"] = hostile
+    changed["students"][0]["label"] = hostile
+    text = html_page(changed)
+    assert text.count("<script") == 2 and text.count("</script>") == 2 and "<!--" not in text
+
+
+# The page in a browser -----------------------------------------------------------------------------------------------
+
+
+def test_the_page_asks_for_nothing(output: Path) -> None:
+    text = (output / "diagnosis.html").read_text()
+    assert not re.search(r"""(?:src|href)=["'](?!data:)|url\(|https?://(?!www\.w3\.org)|@import""", text)
+    assert requests_made(text) == []
+
+
+@chromium
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_the_page_has_no_accessibility_violations(output: Path, tmp_path: Path, dark: bool) -> None:
+    assert accessibility_violations(output / "diagnosis.html", tmp_path, dark=dark) == []
+
+
+def test_the_page_is_valid_html(output: Path) -> None:
+    assert html_errors((output / "diagnosis.html").read_text()) == []
+
+
+@chromium
+def test_the_page_works_by_keyboard_and_pointer(output: Path, tmp_path: Path, diagnosis: dict[str, Any]) -> None:
+    script = """
+    const box = document.getElementById("tokens"), seen = {};
+    const selected = () => Number(box.querySelector('[aria-selected="true"]').dataset.i);
+    const press = (key) => box.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+    seen.tokens = box.children.length;
+    seen.text = box.textContent;
+    press("ArrowRight"); press("ArrowRight"); seen.right = selected();
+    press("ArrowLeft"); seen.left = selected();
+    press("End"); seen.end = selected();
+    press("Home"); seen.home = selected();
+    press("ArrowDown"); press("n"); seen.next = selected();
+    press("p"); seen.previous = selected();
+    seen.active = document.getElementById(box.getAttribute("aria-activedescendant")).dataset.i;
+    box.children[5].dispatchEvent(new MouseEvent("click", { bubbles: true }));
+    box.children[5].dispatchEvent(new MouseEvent("click", { bubbles: true }));
+    box.children[7].dispatchEvent(new MouseEvent("mousemove", { bubbles: true })); seen.hover = selected();
+    seen.details = document.getElementById("details").textContent;
+    seen.label = box.children[7].getAttribute("aria-label");
+    document.querySelector("input[value=delta_it]").click();
+    seen.other = box.children[7].getAttribute("aria-label");
+    const student = document.getElementById("student");
+    student.selectedIndex = 2; student.dispatchEvent(new Event("change"));
+    seen.checkpoint = box.textContent;
+    return seen;
+    """
+    seen = evaluate_in_page(output / "diagnosis.html", script, tmp_path)
+    first, last = diagnosis["students"][0]["samples"][0], diagnosis["students"][2]["samples"][0]
+    assert seen["tokens"] == len(first["pieces"]) and seen["text"] == "".join(first["pieces"])
+    assert (seen["right"], seen["left"], seen["home"]) == (2, 1, 0) and seen["end"] == len(first["pieces"]) - 1
+    assert seen["previous"] == 3  # the last letter of "Wait"
+    assert seen["active"] == "3" and seen["hover"] == 7
+    signed = [f"{'−' if v < 0 else '+'}{abs(v):.2f}" for v in (first["delta_ref"][7], first["delta_it"][7])]
+    assert seen["label"].endswith(signed[0]) and seen["other"].endswith(signed[1])
+    assert "teacher (question + reference)" in seen["details"] and signed[0] in seen["details"]
+    assert seen["checkpoint"] == "".join(last["pieces"])
+
+
+# Bad input -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("--num_samples 0", "`--num_samples` must be at least 1"),
+        ("--reference_column solution", "no column `solution`"),
+        ("--prompt_column problem", "no column `problem`"),
+        ("--temperature 0", "`--temperature` must be positive"),
+    ],
+)
+def test_bad_input_is_one_line(
+    extra: str, message: str, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = FIXTURES / "data" / "conversational.jsonl"
+    flags = f"diagnose --model {model_dir} --dataset {data} --output_dir {tmp_path} --dtype float32 {extra}"
+    assert cli.main(flags.split()) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_extra_is_named(model_dir: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    find = __import__("importlib.util", fromlist=["util"]).find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "matplotlib" else find(name))
+    assert cli.main(["diagnose", "--model", str(model_dir), "--dataset", "x.jsonl"]) == 2
+    assert 'pip install "purified-opsd-trl[plot]"' in capsys.readouterr().err
