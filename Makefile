@@ -12,6 +12,8 @@ PINS := pyproject.toml .ci/constraints.txt .ci/install
 RECIPE := recipes/smollm2_cpu
 DEMO_OUTPUT ?= outputs/smollm2-demo
 export PYTHON
+# With other work on the machine, a thread that spins while it waits starves the one it waits for.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help demo test lint clean
 

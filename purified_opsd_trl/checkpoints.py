@@ -81,9 +81,9 @@ def find_checkpoint(output_dir: str | Path) -> str:
     checkpoint, incomplete = last_whole_checkpoint(output_dir)
     skipped = f"incomplete: {', '.join(incomplete)}, killed while it was written" if incomplete else ""
     if checkpoint is None:
+        found = f"no whole checkpoint ({skipped})" if incomplete else "no checkpoint"
         raise InputError(
-            f"`resume_from_checkpoint: true`, but {output_dir} holds no whole checkpoint"
-            f"{f' ({skipped})' if skipped else ''}. Remove the key to start from the beginning."
+            f"`resume_from_checkpoint: true`, but {output_dir} holds {found}. Remove the key to start anew."
         )
     PartialState().print(f"Resuming from {checkpoint}{f' (passing over {skipped})' if skipped else ''}")
     return checkpoint

@@ -317,7 +317,7 @@ def test_a_kill_in_the_middle_loses_and_repeats_nothing(flags: list[str], model_
         cwd=Path(__file__).parents[1],
     )
     path = tmp_path / "out" / model_dir.name / "samples.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400  # a busy machine takes minutes to import torch
     while time.monotonic() < deadline and not (path.exists() and path.read_bytes().count(b"\n") >= 5):
         assert process.poll() is None
         time.sleep(0.02)

@@ -63,7 +63,7 @@ def config(tmp_path: Path, value: str) -> PurifiedOPSDConfig:
 
 
 def test_the_newest_whole_one_is_found_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(InputError, match="run holds no whole checkpoint. Remove the key"):
+    with pytest.raises(InputError, match="run holds no checkpoint. Remove the key"):
         check_checkpoint(config(tmp_path, "true"))
     incomplete = write(tmp_path / "run", 4, None)
     with pytest.raises(InputError, match=r"no whole checkpoint \(incomplete: checkpoint-4, killed while"):
