@@ -1,6 +1,7 @@
 # Each target sets up what it needs on a fresh machine (Python 3.11+ and the package index, nothing else):
 #   make demo    train SmolLM2-135M by purified self-distillation on this CPU    ARGS="--max_steps 1" overrides the recipe
 #   make test    the test suite                                                  ARGS="-k collator" goes to pytest
+#   make test-distributed   every backend and teacher in real processes, DeepSpeed included (long)
 #   make lint    ruff and mypy
 #   make clean   remove the environment, caches and outputs
 # PYTHON=/path/to/python3.12 chooses the interpreter of the environment.
@@ -15,7 +16,7 @@ export PYTHON
 # With other work on the machine, a thread that spins while it waits starves the one it waits for.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test test-distributed lint clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -39,6 +40,14 @@ demo: .venv/.demo-installed
 
 test: .venv/.dev-installed
 	$(BIN)/python -m pytest $(ARGS)
+
+# DeepSpeed's extensions are for GPUs: none is built here
+.venv/.distributed-installed: .venv/.dev-installed
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu .ci/install --no-build-isolation deepspeed
+	@touch $@
+
+test-distributed: .venv/.distributed-installed
+	$(BIN)/python -m pytest tests/distributed -m "distributed or not distributed" $(ARGS)
 
 lint: .venv/.dev-installed
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainerCallback
@@ -260,7 +261,7 @@ class EMATeacher(TrainerCallback):
                 Folder of the checkpoint.
         """
         if self._is_sharded() or self.trainer.args.should_save:
-            torch.save(self.averages, self._file(checkpoint))
+            save_file({name: shard.cpu() for name, shard in self.averages.items()}, self._file(checkpoint))
 
     def load(self, checkpoint: str) -> None:
         """
@@ -281,7 +282,7 @@ class EMATeacher(TrainerCallback):
                 "another number of processes or kind of sharding. Resume with the settings it was written with."
             )
         self._start()
-        saved = torch.load(file, map_location="cpu", weights_only=True)
+        saved = load_file(file)
         if {n: t.shape for n, t in saved.items()} != {n: t.shape for n, t in self.averages.items()}:
             raise InputError(
                 f"{file} holds other weights or shards than these settings train; resume with those of it."
@@ -307,7 +308,7 @@ class EMATeacher(TrainerCallback):
     def _file(self, checkpoint: str) -> Path:
         accelerator = self.trainer.accelerator
         part = f"_{accelerator.process_index}_of_{accelerator.num_processes}" if self._is_sharded() else ""
-        return Path(checkpoint) / f"ema_teacher{part}.pt"
+        return Path(checkpoint) / f"ema_teacher{part}.safetensors"
 
 
 def _shards(model: torch.nn.Module) -> dict[str, torch.Tensor]:

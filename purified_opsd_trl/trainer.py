@@ -24,8 +24,9 @@ from .config import PurifiedOPSDConfig
 from .contexts import Contexts, Prompt, build_contexts
 from .dataset import AnyDataset, ReferenceLimit, check_columns, prepare_dataset
 from .errors import InputError
-from .loss import FrozenStates, LMHead, LossSettings, TokenLoss, required_states, token_loss
+from .loss import FrozenStates, LMHead, LossSettings, required_states, token_loss
 from .markers import MarkerCounter, TokenClassifier
+from .metrics import TokenMeans, loss_sums, reduce_loss_sums, scoring_metrics
 from .monitors import DecompositionMonitor, EpistemicMonitor
 from .purification import purified_target_logits
 from .report import ReportCallback
@@ -34,8 +35,6 @@ from .scoring import TeacherScores, TeacherScoringCallback
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
-
-    from .scoring import ScoringStats
 
 
 logger = logging.getLogger(__name__)
@@ -174,8 +173,8 @@ class PurifiedOPSDTrainer(WholeCheckpoints, DistillationTrainer):
         )
         # A subclass that brings its own target gets full logits, chunk by chunk; the fused algebra is not its own
         self._has_custom_target = type(self).target_logits is not PurifiedOPSDTrainer.target_logits
-        self._token_metrics: dict[str, torch.Tensor] = {}
-        self._metric_sums: dict[str, dict[str, list[float]]] = {"train": {}, "eval": {}}
+        self._loss_sums: dict[str, torch.Tensor] = {}
+        self._token_means = {"train": TokenMeans(), "eval": TokenMeans()}
         self._add_monitors()
         self._prepare_datasets()
         self.scoring_callback.attach(self, model if isinstance(model, str) else None)
@@ -280,7 +279,7 @@ class PurifiedOPSDTrainer(WholeCheckpoints, DistillationTrainer):
         # Looked up, as a resumed run may hold other instances than the ones that were added
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, EpistemicMonitor):
-                self._add_sums(mode, callback.observe(texts, ids, self.accelerator, training))
+                self._token_means[mode].add(callback.observe(texts, ids, self.accelerator, training))
             elif isinstance(callback, ReportCallback) and training:
                 callback.observe(self.state.global_step, [row["prompt"] for row in rows], texts)
 
@@ -310,7 +309,8 @@ class PurifiedOPSDTrainer(WholeCheckpoints, DistillationTrainer):
                     total=int(output["num_items_in_batch"]),
                 )
             )
-        self._log_scoring(scores.stats, mode)
+        for name, value in scoring_metrics(scores.stats, self.accelerator).items():
+            self._metrics[mode][name].append(value)
         return output
 
     def _contexts(self, rows: list[dict[str, Any]]) -> list[Contexts]:
@@ -371,7 +371,11 @@ class PurifiedOPSDTrainer(WholeCheckpoints, DistillationTrainer):
     ) -> Any:
         outputs = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         # After the wrapped forward, where a collective cannot get between those of FSDP or DeepSpeed
-        self._reduce_token_metrics("train" if self.model.training else "eval")
+        mode = "train" if self.model.training else "eval"
+        sums, seconds = reduce_loss_sums(self._loss_sums, self.accelerator)
+        self._token_means[mode].add(sums)
+        self._token_means[mode].add(self.decomposition_monitor.collect(self.accelerator))
+        self._metrics[mode]["timing/loss_seconds"].append(seconds)
         return outputs
 
     def _compute_loss(
@@ -406,43 +410,12 @@ class PurifiedOPSDTrainer(WholeCheckpoints, DistillationTrainer):
                 labels=inputs["completion_ids"].to(device)[valid],
                 target_logits=self.target_logits if self._has_custom_target else None,
             )
-        self._token_metrics = _token_metrics(result, num_tokens, time.perf_counter() - started)
+        self._loss_sums = loss_sums(result, num_tokens, time.perf_counter() - started)
         return result.loss, result.student_entropy.sum(), num_tokens
-
-    # Metrics ---------------------------------------------------------------------------------------------------------
-
-    def _reduce_token_metrics(self, mode: str) -> None:
-        """Sums over all processes; `log` divides, so that every token of the logging window counts the same."""
-        names = list(self._token_metrics)
-        totals = self.accelerator.reduce(torch.stack([self._token_metrics[n].float() for n in names]), "sum").tolist()
-        sums = dict(zip(names, totals, strict=True))
-        tokens, seconds = sums.pop("tokens"), sums.pop("seconds")
-        self._metrics[mode]["timing/loss_seconds"].append(seconds / self.accelerator.num_processes)
-        self._add_sums(mode, {name: (total, tokens) for name, total in sums.items()})
-        self._add_sums(mode, self.decomposition_monitor.collect(self.accelerator))
-
-    def _add_sums(self, mode: str, sums: Mapping[str, tuple[float, float]]) -> None:
-        for name, (total, number) in sums.items():
-            pair = self._metric_sums[mode].setdefault(name, [0.0, 0.0])
-            pair[0] += total
-            pair[1] += number
-
-    def _log_scoring(self, stats: "ScoringStats", mode: str) -> None:
-        device = self.accelerator.device
-        counts = torch.tensor([stats.tokens, stats.padded_tokens, stats.seconds], dtype=torch.float32, device=device)
-        tokens, padded, seconds = self.accelerator.reduce(counts, "sum").tolist()
-        seconds /= self.accelerator.num_processes
-        metrics = self._metrics[mode]
-        metrics["scoring/seconds"].append(seconds)
-        metrics["scoring/tokens_per_second"].append(tokens / seconds)
-        metrics["scoring/padding_ratio"].append(padded / tokens)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
-        for name, (total, number) in self._metric_sums[mode].items():
-            if number:
-                self._metrics[mode][name] = [total / number]
-        self._metric_sums[mode].clear()
+        self._metrics[mode].update({name: [mean] for name, mean in self._token_means[mode].flush().items()})
         super().log(logs, start_time)
 
     def _send_telemetry(self) -> None:
@@ -483,21 +456,3 @@ def _frozen_states(inputs: dict[str, Any], valid: torch.Tensor) -> FrozenStates:
             kept = valid[:, : hidden.shape[1]]
             states[name] = hidden[kept.to(hidden.device)].to(valid.device)
     return FrozenStates(**states)
-
-
-def _token_metrics(result: TokenLoss, num_tokens: torch.Tensor, seconds: float) -> dict[str, torch.Tensor]:
-    """Sums over this process's tokens, without gradient. Every process has the same keys."""
-    per_token = {
-        "purification/target_entropy": result.target_entropy,
-        "purification/clip_saturation": result.clip_saturation,
-        "purification/kl_target_base": result.kl_target_base,
-        "purification/kl_target_student": result.kl_target_student,
-        "purification/advantage": result.advantage,
-        "purification/advantage_total": result.advantage_total,
-        "purification/advantage_ref": result.advantage_ref,
-        "purification/advantage_it": result.advantage_it,
-    }
-    sums = {name: values.sum() for name, values in per_token.items() if values is not None}
-    sums["tokens"] = num_tokens
-    sums["seconds"] = torch.tensor(seconds, device=num_tokens.device)
-    return sums

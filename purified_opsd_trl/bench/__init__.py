@@ -21,9 +21,10 @@ def main(argv: Sequence[str]) -> int:
     subparsers = parser.add_subparsers(dest="bench", required=True)
     subparsers.add_parser("loss", add_help=False, help="forward and backward of the loss")
     subparsers.add_parser("step", add_help=False, help="scoring, loss, backward and update of one step")
-    bench = parser.parse_args(argv[:1]).bench
-    if bench == "loss":
-        from .loss import run
-    else:
-        from .step import run
-    return run(argv[1:])
+    if parser.parse_args(argv[:1]).bench == "loss":
+        from .loss import run as run_loss
+
+        return run_loss(argv[1:])
+    from .step import run as run_step
+
+    return run_step(argv[1:])

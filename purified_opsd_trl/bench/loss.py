@@ -1,8 +1,8 @@
 """
 `purified-opsd bench loss`: forward and backward of the loss on random states, ours beside the other ways to get it.
 
-Shapes: N tokens, H hidden units, V vocabulary entries. Every contender starts from last hidden states `[N, H]` and ends
-with the gradient of the student's, and of the head's weight where the head is trainable.
+Shapes: N tokens, H hidden units, V vocabulary entries. Every contender starts from last hidden states `[N, H]` and
+ends with the gradient of the student's, and of the head's weight where the head is trainable.
 """
 
 from __future__ import annotations

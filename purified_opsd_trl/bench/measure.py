@@ -91,20 +91,21 @@ class PeakMemory:
     """Context that measures the most memory used above the start: of the device, or the process's resident memory."""
 
     def __init__(self, device: torch.device):
-        self.device, self.bytes = device, None
+        self.device = device
+        self.bytes: int | None = None
+        self.start: int | None = None
 
     def __enter__(self) -> PeakMemory:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
-            self.start: int | None = torch.cuda.memory_allocated(self.device)
+            self.start = torch.cuda.memory_allocated(self.device)
         else:
             self.start = self._resident("VmRSS") if _reset_peak() else None
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.bytes: int | None
         if self.start is None:
             return
         if self.device.type == "cuda":

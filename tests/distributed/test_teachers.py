@@ -11,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from safetensors.torch import save_file
 from transformers import PreTrainedModel, TrainerCallback
 
 from purified_opsd_trl import InputError, PurifiedOPSDConfig, PurifiedOPSDTrainer
@@ -139,7 +140,7 @@ def test_resuming_is_exact(build: Build, kind: str, lora: bool, tmp_path: Path) 
     assert resumed.state.global_step == 4
     for (name, weight), expected in zip(resumed.model.named_parameters(), straight.model.parameters(), strict=True):
         assert torch.equal(weight, expected), name
-    assert (checkpoint / "ema_teacher.pt").is_file() == (kind == "ema")
+    assert (checkpoint / "ema_teacher.safetensors").is_file() == (kind == "ema")
     if kind == "ema":
         averages = straight.scoring_callback.ema.averages
         for name, average in resumed.scoring_callback.ema.averages.items():
@@ -151,11 +152,11 @@ def test_resuming_is_exact(build: Build, kind: str, lora: bool, tmp_path: Path) 
 def test_a_checkpoint_of_another_teacher_is_refused(build: Build) -> None:
     base = build(True, save_strategy="steps", save_steps=2, max_steps=2)
     base.train()
-    with pytest.raises(InputError, match="holds no ema_teacher.pt: it was written with another `teacher_model_kind`"):
+    with pytest.raises(InputError, match="holds no ema_teacher.safetensors: it was written with another"):
         build(True, teacher_model_kind="ema").train(f"{base.args.output_dir}/checkpoint-2")
     ema = build(True, teacher_model_kind="ema", save_strategy="steps", save_steps=2, max_steps=2)
     ema.train()
-    torch.save({"other": torch.zeros(1)}, Path(ema.args.output_dir) / "checkpoint-2" / "ema_teacher.pt")
+    save_file({"other": torch.zeros(1)}, Path(ema.args.output_dir) / "checkpoint-2" / "ema_teacher.safetensors")
     with pytest.raises(InputError, match="holds other weights or shards"):
         build(True, teacher_model_kind="ema").train(f"{ema.args.output_dir}/checkpoint-2")
 
