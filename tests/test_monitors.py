@@ -487,4 +487,4 @@ def test_tool_results_are_not_counted(build: Build) -> None:  # noqa: F811
     tool_mask = torch.tensor([[1] * 5 + [0] * 6])
     output = {"completion_ids": ids, "completion_mask": torch.ones_like(ids), "tool_mask": tool_mask}
     trainer._observe([{"prompt": "x"}], output, "train")
-    assert trainer._metric_sums["train"]["epistemic/wait_per_1k"] == [1000.0, 5.0]
+    assert trainer._token_means["train"].flush()["epistemic/wait_per_1k"] == 200.0
