@@ -24,6 +24,7 @@ help:
 # Both stamps live in the environment, so that removing it removes them.
 .venv/.dev-installed: $(PINS)
 	.ci/install -e '.[dev]'
+	.ci/install --no-deps axe-playwright-python  # for its copy of axe-core; the browser it would drive is not used
 	@touch $@
 
 .venv/.demo-installed: $(PINS)

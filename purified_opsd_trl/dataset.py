@@ -243,7 +243,7 @@ class ReferenceLimit:
     def _without_last_tokens(self, text: str, count: int) -> str:
         if not self.tokenizer.is_fast:  # no offsets: decode, less what a cut inside a character leaves
             ids = self.tokenizer(text=text, add_special_tokens=False)["input_ids"]
-            return self.tokenizer.decode(ids[: max(0, len(ids) - count)]).rstrip("\ufffd")[: len(text) - 1]
+            return str(self.tokenizer.decode(ids[: max(0, len(ids) - count)])).rstrip("\ufffd")[: len(text) - 1]
         offsets = self.tokenizer(text=text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         return text[: offsets[-count][0]] if count < len(offsets) else ""
 
