@@ -103,6 +103,31 @@ def test_every_number_equals_the_oracle(
                 assert [p for _, p in sample["alternatives"][i][name]] == pytest.approx(top, abs=1e-4)
 
 
+def test_checkpoints_may_be_whole_models(
+    tmp_path: Path, model_dir: Path, make_model: Callable[..., Any], tokenizer: Any
+) -> None:
+    moved = make_model(seed=3)
+    moved.save_pretrained(tmp_path / "run" / "checkpoint-3")
+    tokenizer.save_pretrained(tmp_path / "run" / "checkpoint-3")
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"prompt": [{"role": "user", "content": "1 + 1?"}], "reference": "2"}) + "\n")
+    flags = (
+        f"diagnose --model {model_dir} --checkpoints {tmp_path / 'run'} --dataset {data} --num_samples 1 "
+        f"--max_completion_length 8 --dtype float32 --output_dir {tmp_path / 'out'}"
+    )
+    assert cli.main(flags.split()) == 0
+    _, student = json.loads((tmp_path / "out" / "diagnosis.json").read_text())["students"]
+    (sample,) = student["samples"]
+    completion = [token for piece in sample["pieces"] for token in encode(tokenizer, piece)]
+    messages = [{"role": "user", "content": "1 + 1?"}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    for name, model in (("student", moved), ("base", make_model())):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(-1, torch.tensor(completion).unsqueeze(-1))[:, 0].tolist()
+        assert sample[f"logprob_{name}"] == pytest.approx(expected, abs=1e-3), name
+
+
 def encode(tokenizer: Any, piece: str) -> list[int]:
     special = tokenizer.convert_tokens_to_ids(piece) if piece.startswith("<") and len(piece) > 1 else None
     return [special] if special is not None else list(piece.encode())

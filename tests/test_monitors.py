@@ -242,6 +242,22 @@ def test_the_per_token_table_is_kept_with_the_completions(build: Build) -> None:
     assert (frame["delta_total"] - frame["delta_ref"] - frame["delta_it"]).abs().max() < 1e-4
 
 
+def test_the_per_token_table_reaches_wandb(
+    build: Build,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wandb = pytest.importorskip("wandb", reason="the extra `wandb` is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    trainer = build(max_steps=1, log_completions=True, decomposition_max_tokens=6, report_to="wandb")
+    trainer.train()
+    wandb.finish()
+    (table,) = tmp_path.rglob("token_decomposition*.json")
+    content = json.loads(table.read_text())
+    assert len(content["data"]) == 6 and "delta_it" in content["columns"]
+
+
 # Markers -----------------------------------------------------------------------------------------------------------
 
 TRICKY = [

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from peft import LoraConfig
+from peft import LoraConfig, PromptTuningConfig
 from transformers import PreTrainedModel, TrainerCallback
 from trl import DistillationConfig
 
@@ -571,6 +571,12 @@ def test_another_teacher_of_the_same_vocabulary_is_used(build: Build, make_model
 def test_adapters_that_hide_the_initial_policy_are_refused(build: Build, lora: dict[str, Any], message: str) -> None:
     config = LoraConfig(**{"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **lora})
     with pytest.raises(ValueError, match=message):
+        build(trainer_kwargs={"peft_config": config})
+
+
+def test_prompt_learning_is_refused(build: Build) -> None:
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(ValueError, match="Prompt-learning PEFT methods"):
         build(trainer_kwargs={"peft_config": config})
 
 

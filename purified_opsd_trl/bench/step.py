@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config
+from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
 from ..extras import require_extra
 from .measure import (
@@ -109,7 +110,7 @@ class Bench:
             eos_token_id=self.tokenizer.eos_token_id,
             bos_token_id=None,
         )
-        return Qwen3ForCausalLM(config).to(getattr(torch, args.dtype))  # type: ignore[return-value]
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype))
 
     def arguments(self, name: str) -> dict[str, Any]:
         """What the configs of all contenders share."""
@@ -148,16 +149,17 @@ class Bench:
             teacher_prompt_template="{question} {reference}",
             reference_prompt_template="{reference}",
             loss_memory_budget=self.args.memory_budget,
+            decomposition_steps=0,  # TRL's trainer has no such monitor
         )
         trainer = PurifiedOPSDTrainer(
-            model=self.model(),  # type: ignore[arg-type]
+            model=self.model(),
             args=config,
             train_dataset=self.dataset,
             processing_class=self.tokenizer,
             peft_config=self.lora(),
         )
-        completions = self.completions
-        trainer._generate_single_turn = lambda prompt_ids, *_, **__: completions[: len(prompt_ids)]
+        # The seam of the rollout: token ids in, token ids out
+        setattr(trainer, "_generate_single_turn", lambda ids, *_, **__: self.completions[: len(ids)])  # noqa: B010
         return trainer
 
     def sdft(self) -> Any:
@@ -183,14 +185,14 @@ class Bench:
             processing_class=self.tokenizer,
             peft_config=self.lora(),
         )
-        completions = self.completions
-        trainer._generate = lambda prompt_ids: (prompt_ids, completions[: len(prompt_ids)])
+        setattr(trainer, "_generate", lambda ids: (ids, self.completions[: len(ids)]))  # noqa: B010
         return trainer
 
     def contender(self, name: str, trainer: Any) -> Contender:
         """One step a repetition, its FLOPs counted once."""
         clock = StepClock(self.device)
         trainer.add_callback(clock)
+        trainer.remove_callback(PrinterCallback)
 
         def run() -> tuple[float, float]:
             trainer.train()
@@ -202,12 +204,13 @@ class Bench:
 
     def generation_seconds(self) -> float:
         """Time to sample the completions with transformers, in one batch, from the question."""
-        model = self.model().to(self.device).eval()
-        ids = self.tokenizer(self.dataset["prompt"], return_tensors="pt")["input_ids"].to(self.device)
+        model = self.model().eval()
+        model.to(device=self.device)
+        ids = self.tokenizer(list(self.dataset["prompt"]), return_tensors="pt")["input_ids"].to(self.device)
         length = self.args.completion
         began = time.perf_counter()
         with torch.no_grad():
-            model.generate(ids, max_new_tokens=length, min_new_tokens=length, do_sample=True)  # type: ignore[operator]
+            model.generate(ids, max_new_tokens=length, min_new_tokens=length, do_sample=True)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter() - began
