@@ -33,8 +33,9 @@ from torch import Tensor
 LN2 = math.log(2.0)
 LOG2E = 1.0 / LN2
 
-# Elements of one block of rows: three scratch blocks and the logits they are made from stay in a core's cache.
-_CPU_BLOCK = 1 << 18
+# Elements of one block of rows: small enough for the scratch to stay in the last-level cache, large enough to outweigh
+# starting some forty parallel regions a block, which is dear where other processes compete for the cores.
+_CPU_BLOCK = 1 << 20
 
 # Rows whose largest logit lies within this many bits of zero need no shift before `exp2`.
 SAFE = 60.0
