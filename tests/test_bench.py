@@ -128,7 +128,7 @@ def test_step_report(tmp_path: Path) -> None:
     # two more frozen forwards and one more projection; the plain steps owe the same, but for a padded position
     assert 1.2 < contenders["ours purified"]["flops"] / contenders["ours plain"]["flops"] < 1.7
     assert 0.9 < contenders["ours plain"]["flops"] / contenders["TRL SDFT plain"]["flops"] < 1.1
-    assert report["generation_seconds"] > 0
+    assert report["generation"]["seconds"] > 0
     assert "Sampling the completions" in output.with_suffix(".md").read_text()
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import fields
+from typing import Any
 
 import pytest
 import torch
@@ -176,6 +177,38 @@ def test_half_precision_operands_convert_the_head_once() -> None:
     head = Projector(weight, None, 1.0, None, 1.0)
     assert head.cast(torch.float32).weight is weight
     assert head.cast(torch.bfloat16).weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("head_dtype", [torch.bfloat16, torch.float32])
+def test_half_precision_path_of_an_accelerator(head_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU lacks the one operation that this path rests on, `addmm` with an fp32 result; here it is played."""
+    addmm = torch.addmm
+
+    def played(total: Tensor, a: Tensor, b: Tensor, *, out_dtype: torch.dtype | None = None, **options: Any) -> Tensor:
+        if out_dtype is not None:
+            assert a.dtype == b.dtype == torch.bfloat16 and total.dtype == out_dtype == torch.float32
+        return addmm(total, a.to(total.dtype), b.to(total.dtype), **options)
+
+    monkeypatch.setattr(torch, "addmm", played)
+    monkeypatch.setattr(fused, "operand_dtype", lambda hidden: torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    hidden, base, delta = (torch.randn(7, 64, generator=generator).bfloat16() for _ in range(3))
+    weight = (torch.randn(500, 64, generator=generator) / 3).bfloat16().to(head_dtype)
+    leaf, head_weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    states, weights = FrozenStates(base=base, delta=delta), torch.rand(7, generator=generator)
+    result = token_loss(
+        leaf, LMHead(head_weight), states, LMHead(weight), weights, LossSettings(chunk_size=3, temperature=0.9)
+    )
+    result.loss.backward()
+    head = reference.Head(weight)
+    none = torch.zeros_like(delta)
+    expected = reference.evaluate_hidden(hidden, head, base, delta, none, head, weights, temperature=0.9)
+    torch.testing.assert_close(result.per_token.double(), expected.per_token, rtol=1e-4, atol=1e-5)
+    assert leaf.grad is not None and leaf.grad.dtype == torch.bfloat16
+    assert head_weight.grad is not None and head_weight.grad.dtype == head_dtype
+    for ours, wanted in ((leaf.grad, expected.grad_hidden), (head_weight.grad, expected.grad_weight)):
+        assert wanted is not None
+        assert (ours.double() - wanted).norm() / wanted.norm() <= 1e-2
 
 
 def test_device_chooses_the_twin() -> None:

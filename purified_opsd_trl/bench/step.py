@@ -202,18 +202,18 @@ class Bench:
             run()
         return Contender(name, run, float(counter.get_total_flops()))
 
-    def generation_seconds(self) -> float:
-        """Time to sample the completions with transformers, in one batch, from the question."""
+    def generation(self) -> dict[str, float]:
+        """Time to sample the completions with transformers, in one batch, from the question; on both clocks."""
         model = self.model().eval()
         model.to(device=self.device)
         ids = self.tokenizer(list(self.dataset["prompt"]), return_tensors="pt")["input_ids"].to(self.device)
         length = self.args.completion
-        began = time.perf_counter()
+        clock = StepClock(self.device)
+        clock.on_step_begin()
         with torch.no_grad():
             model.generate(ids, max_new_tokens=length, min_new_tokens=length, do_sample=True)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter() - began
+        clock.on_step_end()
+        return dict(zip(("seconds", "cpu_seconds"), clock.last, strict=True))
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -227,7 +227,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token=unk, pad_token=pad, eos_token=eos)
 
 
-def table(results: dict[str, Measurement], clock: str, generation: float | None) -> list[str]:
+def table(results: dict[str, Measurement], clock: str, generation: dict[str, float] | None) -> list[str]:
     """Markdown table: time, FLOPs, memory, their ratios to TRL's trainer, and the step with generation."""
     sdft, plain = results.get("TRL SDFT plain"), results.get("ours plain")
     rows = []
@@ -238,7 +238,8 @@ def table(results: dict[str, Measurement], clock: str, generation: float | None)
         flops = "-" if sdft is None or not sdft.flops else f"{(result.flops or 0.0) / sdft.flops:.2f}"
         proportion = "-"
         if generation is not None and plain is not None and plain.seconds:
-            proportion = f"{(generation + result.median('seconds')) / (generation + plain.median('seconds')):.3f}"
+            both = (generation[clock] + measured.median(clock) for measured in (result, plain))
+            proportion = f"{next(both) / next(both):.3f}"
         rows.append(
             [
                 name,
@@ -301,17 +302,18 @@ def run(argv: Sequence[str]) -> int:
         }
         names = select([Contender(name, lambda: None) for name in makers], args.contenders)
         results = alternate([bench.contender(c.name, makers[c.name]()) for c in names], args.repetitions, device)
-        generation = bench.generation_seconds() if args.generation else None
+        generation = bench.generation() if args.generation else None
     settings = {name: getattr(args, name) for name in (*PRESETS["cpu"], "gradient_checkpointing") if name != "device"}
     report = {
         "benchmark": "step",
         "settings": settings,
         "environment": environment(device),
-        "generation_seconds": generation,
+        "generation": generation,
         "contenders": {name: as_json(result) for name, result in results.items()},
     }
-    lines = table(results, "seconds" if args.clock == "wall" else "cpu_seconds", generation)
+    clock = "seconds" if args.clock == "wall" else "cpu_seconds"
+    lines = table(results, clock, generation)
     if generation is not None:
-        lines += ["", f"Sampling the completions with transformers: {generation:.1f} s"]
+        lines += ["", f"Sampling the completions with transformers: {generation[clock]:.1f} s, {args.clock} clock"]
     write_report(report, "One optimisation step, generation apart", lines, args.output)
     return 0

@@ -36,6 +36,8 @@ LOG2E = 1.0 / LN2
 # Elements of one block of rows: small enough for the scratch to stay in the last-level cache, large enough to outweigh
 # starting some forty parallel regions a block, which is dear where other processes compete for the cores.
 _CPU_BLOCK = 1 << 20
+# The same on a device without Triton: only the scratch has to stay small.
+_DEVICE_BLOCK = 1 << 24
 
 # Rows whose largest logit lies within this many bits of zero need no shift before `exp2`.
 SAFE = 60.0
@@ -115,7 +117,7 @@ def divergence_rows(
     `settings.grad_scale` times what is written.
     """
     n, vocab = student.shape
-    block = max(1, _CPU_BLOCK // vocab) if student.device.type == "cpu" else n
+    block = max(1, (_CPU_BLOCK if student.device.type == "cpu" else _DEVICE_BLOCK) // vocab)
     scratch = student.new_empty((3, min(block, n), vocab))
     for start in range(0, n, block):
         end = min(start + block, n)

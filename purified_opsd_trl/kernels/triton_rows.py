@@ -27,7 +27,7 @@ from torch import Tensor
 from .rows import FLOOR, SAFE, RowSettings, RowStats
 
 
-_BLOCK = 4096
+_BLOCK = 2048  # eleven accumulators a lane have to stay in registers
 _LOWEST = tl.constexpr(-1e30)  # of a lane that has seen nothing; finite, so that its difference to itself is 0
 _LN2 = tl.constexpr(math.log(2.0))
 _LOG2E = tl.constexpr(1.0 / math.log(2.0))
