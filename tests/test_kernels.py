@@ -226,24 +226,24 @@ def check_triton(device: str, cases: list[tuple[int, int, float]]) -> int:
     count = 0
     for tokens, vocab, std in cases:
         logits = logits_of(tokens, vocab, std)
-        for beta, kl_clip in itertools.product((0.0, 0.3, 1.0), (None, 0.01)):
-            for pmi_clip, plain in ((None, False), (0.5, False), (10.0, False), (10.0, True)):
-                settings = RowSettings(beta, 1.3, pmi_clip, kl_clip)
-                stats, grad = transform(triton_rows.divergence_rows, logits, settings, plain=plain, device=device)
-                twin, twin_grad = transform(rows.divergence_rows, logits, settings, plain=plain)
-                count += 1
-                if std <= 10:
-                    compare(stats, grad, oracle(logits, settings, plain), plain=plain, tolerance=5e-6)
-                for name in STATS[: 4 if plain else None]:
-                    ours, theirs = getattr(stats, name).cpu(), getattr(twin, name)
-                    if not torch.isnan(theirs).any():
-                        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-6 * std, msg=f"{name} {settings}")
-                assert torch.isfinite(grad).all()
-                assert (grad.cpu() - twin_grad).norm() <= 1e-5 * twin_grad.norm() + 1e-12
+        divergences = itertools.product((0.0, 0.3, 1.0), (None, 0.01))
+        targets = [(10.0, False), (10.0, True)]
+        cases_of = [(*one, *two) for one, two in itertools.product(divergences, targets)]
+        for beta, kl_clip, pmi_clip, plain in [*cases_of, (0.3, None, None, False), (0.3, None, 0.5, False)]:
+            settings = RowSettings(beta, 1.3, pmi_clip, kl_clip)
+            stats, grad = transform(triton_rows.divergence_rows, logits, settings, plain=plain, device=device)
+            twin, twin_grad = transform(rows.divergence_rows, logits, settings, plain=plain)
+            count += 1
+            if std <= 10:
+                compare(stats, grad, oracle(logits, settings, plain), plain=plain, tolerance=5e-6)
+            for name in STATS[: 4 if plain else None]:
+                ours, theirs = getattr(stats, name).cpu(), getattr(twin, name)
+                if not torch.isnan(theirs).any():
+                    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-6 * std, msg=f"{name} {settings}")
+            assert torch.isfinite(grad).all()
+            assert (grad.cpu() - twin_grad).norm() <= 1e-5 * twin_grad.norm() + 1e-12
         half = torch.bfloat16 if device == "cuda" else torch.float16
-        _, rounded = transform(
-            triton_rows.divergence_rows, logits, settings, plain=True, device=device, grad_dtype=half
-        )
+        _, rounded = transform(triton_rows.divergence_rows, logits, settings, device=device, grad_dtype=half)
         assert (rounded.cpu() - twin_grad).norm() <= 4e-3 * twin_grad.norm() + 1e-7
     return count
 
@@ -255,7 +255,7 @@ def test_triton_twin_interpreted() -> None:
         [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert run.returncode == 0, run.stderr
-    assert "72 cases agree" in run.stdout
+    assert "42 cases agree" in run.stdout
 
 
 gpu = pytest.mark.gpu
@@ -265,7 +265,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 @gpu
 @needs_cuda
 def test_triton_twin_compiled() -> None:
-    assert check_triton("cuda", [(3, 17, 3.0), (5, 1000, 3.0), (3, 32003, 3.0), (2, 5000, 3e3)]) == 96
+    assert check_triton("cuda", [(3, 17, 3.0), (5, 1000, 3.0), (3, 32003, 3.0), (2, 5000, 3e3)]) == 56
 
 
 @gpu

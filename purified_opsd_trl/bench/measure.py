@@ -96,7 +96,6 @@ class PeakMemory:
         self.start: int | None = None
 
     def __enter__(self) -> PeakMemory:
-        gc.collect()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -144,6 +143,7 @@ def alternate(contenders: Sequence[Contender], repetitions: int, device: torch.d
     Returns:
         `dict[str, Measurement]`: by name, in order.
     """
+    gc.collect()  # what was in use before is not theirs
     results = {c.name: Measurement(flops=c.flops) for c in contenders}
     for repetition in range(repetitions + 1):
         for contender in contenders:
