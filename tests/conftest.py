@@ -66,6 +66,7 @@ TEMPLATES = {
     "llama3": ("<|begin_of_text|>", "<|eot_id|>"),
     "gemma": ("<bos>", "<end_of_turn>"),
     "deepseek_r1_distill": ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
+    "olmo3_think": ("<|endoftext|>", "<|endoftext|>"),
 }
 
 # What makes each architecture's head unlike the plain one: scale, softcap, bias
@@ -119,7 +120,7 @@ def build_model(
     A two-layer fp32 model in eval mode whose next-token distributions differ visibly between contexts.
 
     Args:
-        architecture (`str`, *optional*, defaults to `"qwen3"`): key of `ARCHITECTURES`.
+        architecture (`str`, *optional*, defaults to `"qwen3"`): key of `ARCHITECTURES`, or another with a plain head.
         tied (`bool`, *optional*, defaults to `False`): whether head and embedding share their weight.
         seed (`int`, *optional*, defaults to `0`): seed of the weights.
         overrides: fields of the model's config.
@@ -140,7 +141,7 @@ def build_model(
             # the usual 0.02 gives almost uniform predictions, under which any two contexts agree
             "initializer_range": 0.3,
             "dtype": "float32",
-            **ARCHITECTURES[architecture],
+            **ARCHITECTURES.get(architecture, {}),
             **overrides,
         },
     )

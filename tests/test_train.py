@@ -80,7 +80,8 @@ def parse(argv: list[str]) -> tuple[Any, ...]:
 @pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/*/**/config_*.yaml")), ids=lambda p: p.parent.name)
 def test_every_recipe_parses(path: Path) -> None:
     parser = make_parser()
-    *parsed, remaining = parser.parse_args_and_config(["--config", str(path)], return_remaining_strings=True)
+    argv = ["--config", str(path), "--use_cpu", "True"]  # bf16 is refused where there is neither a GPU nor this
+    *parsed, remaining = parser.parse_args_and_config(argv, return_remaining_strings=True)
     check_unknown_keys(parser, remaining)
     script_args, training_args, model_args, _ = parsed
     assert script_args.dataset_name and model_args.model_name_or_path and training_args.output_dir

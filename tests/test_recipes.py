@@ -1,0 +1,389 @@
+"""The paper's recipes: their headers, their settings, one training step each, the data builder and `reproduce.sh`."""
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from accelerate.commands.launch import launch_command_parser
+from trl.chat_template_utils import deepseek_r1_distill_chat_template, qwen3_chat_template
+
+from purified_opsd_trl.evaluate.arguments import parse as parse_evaluate
+from purified_opsd_trl.evaluate.paper import paper_rows
+from purified_opsd_trl.train import check_unknown_keys, main, make_parser
+from tests.conftest import build_tokenizer
+
+
+ROOT = Path(__file__).parent.parent
+_SPEC = importlib.util.spec_from_file_location("build_data", ROOT / "recipes/build_data.py")
+build_data = importlib.util.module_from_spec(_SPEC)
+sys.modules["build_data"] = build_data  # where `dataclass` looks for it
+_SPEC.loader.exec_module(build_data)
+
+RECIPES = sorted(ROOT.glob("recipes/*/purified_opsd/config_*.yaml"))
+BENCHMARKS = ["aime24", "aime25", "hmmt25"]
+TITLES = {"dasd": "DASD-10K", "mathcot": "Math-CoT-20K"}
+
+# folder -> hub id, parameters, GPU, architecture of the weights, chat template
+QWEN3 = ("qwen3", {"num_key_value_heads": 1}, "qwen3")
+OLMO3 = {"num_key_value_heads": 2, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64}
+MODELS: dict[str, tuple[str, float, str, tuple[str, dict[str, Any], str]]] = {
+    "Qwen3-8B": ("Qwen/Qwen3-8B", 8.19e9, "H100", QWEN3),
+    "Qwen3-4B": ("Qwen/Qwen3-4B", 4.02e9, "H100", QWEN3),
+    "Qwen3-1.7B": ("Qwen/Qwen3-1.7B", 1.72e9, "RTX 4090", QWEN3),
+    "Qwen3-0.6B": ("Qwen/Qwen3-0.6B", 0.60e9, "RTX 4090", QWEN3),
+    "DeepSeek-R1-Distill-Qwen-7B": (
+        "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B",
+        7.62e9,
+        "H100",
+        ("qwen2", {"num_key_value_heads": 1}, "deepseek_r1_distill"),
+    ),
+    "Olmo-3-7B-Think": ("allenai/Olmo-3-7B-Think", 7.30e9, "H100", ("olmo3", OLMO3, "olmo3_think")),
+}
+GPUS = {"H100": (80, 989e12, 3.35e12), "RTX 4090": (24, 165e12, 1.01e12)}  # GB, bf16 FLOP/s, bytes/s
+
+
+def names(path: Path) -> tuple[str, str]:
+    """Folder of the model and name of the data, from a recipe's path."""
+    return path.parts[-3], path.stem.removeprefix("config_")
+
+
+def parse(argv: list[str]) -> list[Any]:
+    """As the command parses it, but without a GPU: what the script does not take must be the launcher's."""
+    parser = make_parser()
+    *parsed, remaining = parser.parse_args_and_config([*argv, "--use_cpu", "True"], return_remaining_strings=True)
+    check_unknown_keys(parser, remaining)
+    return parsed
+
+
+recipe = pytest.mark.parametrize("path", RECIPES, ids=["-".join(names(path)) for path in RECIPES])
+
+
+def test_every_model_has_a_recipe_for_both_data_sets() -> None:
+    assert {names(path) for path in RECIPES} == {(model, data) for model in MODELS for data in TITLES}
+
+
+@recipe
+def test_settings_are_the_papers(path: Path) -> None:
+    model, data = names(path)
+    script, training, weights, _ = parse(["--config", str(path)])
+    assert weights.model_name_or_path == MODELS[model][0]
+    assert (weights.use_peft, weights.lora_r, weights.dtype) == (True, 64, "bfloat16")
+    assert (training.learning_rate, training.max_steps, training.save_steps) == (5e-6, 200, 50)
+    assert (training.max_completion_length, training.gradient_checkpointing, training.use_vllm) == (1024, True, True)
+    assert (training.pmi_beta, training.pmi_clip, training.pmi_center, training.beta) == (1.0, 10.0, True, 0.5)
+    assert (training.target, training.teacher_model_kind, training.loss_type) == ("purified", "base", "divergence")
+    processes = yaml.safe_load(path.read_text())["num_processes"]
+    assert processes * training.per_device_train_batch_size * training.gradient_accumulation_steps == 32
+    assert (
+        script.dataset_name
+        == {
+            "dasd": "outputs/data/dasd_10k.jsonl",
+            "mathcot": "outputs/data/math_cot_20k.jsonl",
+        }[data]
+    )
+    # Qwen3 has a switch, the two others always think
+    assert training.chat_template_kwargs == ({"enable_thinking": True} if model.startswith("Qwen3") else None)
+    assert training.output_dir == f"outputs/{model}-purified-{data}"
+
+
+def expected_hours(parameters: float, flops: float, bandwidth: float) -> float:
+    """The formula of recipes/README.md, in its words: 200 steps, each generation, scoring and training."""
+    completion, question, reference, rows = 1024, 256, 4096, 32
+    generation = completion * 2 * parameters / (0.6 * bandwidth)  # the weights are read once a token
+    contexts = [question, question + reference, reference]
+    scored = sum(rows * (context + completion) for context in contexts)
+    trained = rows * (question + completion)
+    compute = (2 * parameters * scored + 6 * parameters * trained) / (0.4 * flops)
+    return 200 * (generation + compute) / 3600
+
+
+@recipe
+def test_the_header_holds(path: Path) -> None:
+    model, data = names(path)
+    hub_id, parameters, gpu, _ = MODELS[model]
+    header = path.read_text(encoding="utf-8").split("\n\n")[0].splitlines()
+    assert all(line.startswith("#") for line in header)
+    fields = dict(line.removeprefix("# ").split(": ", 1) for line in header if ": " in line)
+    memory, flops, bandwidth = GPUS[gpu]
+    assert header[0].startswith(f"# Hardware: 1 x {memory} GB GPU")
+    assert fields["Global batch"].startswith("32 = 4 a device x 8 accumulation steps x 1 process")
+    command = ["purified-opsd", "train", "--config", str(path.relative_to(ROOT))]
+    assert fields["Command"] == " ".join(command)
+    hours = f"{expected_hours(parameters, flops, bandwidth):.1f} on one {gpu}"
+    assert fields["Expected hours"] == f"{hours} (estimate, not measured; recipes/README.md has the formula)"
+
+    paper = paper_rows(hub_id, BENCHMARKS)
+    shown = {
+        line[4:14].strip(): [float(n) for n in line[14:].split("/")] for line in header if line.startswith("#   ")
+    }
+    if not paper:
+        assert fields["The paper's numbers"].startswith("none") and not shown
+    else:
+        table = {"base": "base", "OPSD": f"OPSD, {TITLES[data]}", "purified": f"purified, {TITLES[data]}"}
+        assert shown == {label: list(paper[row].values()) for label, row in table.items()}
+
+    # What it tells to add must parse, and mean what it says
+    config = ["--config", str(path)]
+    _, twin, _, _ = parse(config + shlex.split(fields["OPSD, the baseline"].removeprefix("add ")))
+    _, ours, _, _ = parse(config)
+    differing = {key for key, value in twin.to_dict().items() if value != ours.to_dict()[key]}
+    assert differing - {"logging_dir", "run_name"} == {"target", "output_dir"}
+    assert (twin.target, twin.output_dir) == ("teacher", f"outputs/{model}-opsd-{data}")
+    parser = make_parser()
+    added = shlex.split(fields["On 8 GPUs"].removeprefix("add "))
+    *_, launcher = parser.parse_args_and_config([*config, *added, "--use_cpu", "True"], return_remaining_strings=True)
+    launch = launch_command_parser().parse_args([*launcher, "-m", "purified_opsd_trl.train"])
+    _, training, _, _ = parse(config + added)
+    assert launch.multi_gpu and launch.num_processes == 8
+    assert 8 * training.per_device_train_batch_size * training.gradient_accumulation_steps == 32
+
+
+@recipe
+def test_one_step_on_a_tiny_model(path: Path, make_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    model, _ = names(path)
+    architecture, overrides, template = MODELS[model][3]
+    folder = make_model_dir(architecture, template=template, **overrides)
+    rows = [{"prompt": f"What is {i} + 1?", "reference": f"It is {i + 1}."} for i in range(4)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = {
+        "model_name_or_path": folder,
+        "dataset_name": data,
+        "output_dir": tmp_path / "run",
+        "dtype": "float32",
+        "use_vllm": False,
+        "bf16": False,
+        "max_steps": 1,
+        "max_completion_length": 8,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "dataloader_pin_memory": False,
+        "disable_tqdm": True,
+    }
+    changed = [item for key, value in keys.items() for item in (f"--{key}", str(value))]
+    trainer = main(*parse(["--config", str(path), *changed]))
+    assert trainer.state.global_step == 1
+    assert type(trainer.model.base_model.model).__name__.lower() == f"{architecture}forcausallm"
+    (entry,) = (entry for entry in trainer.state.log_history if "loss" in entry)
+    assert 0.0 < entry["loss"] < 1.0 and entry["grad_norm"] > 0.0
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "run" / "checkpoint-1").is_dir()
+
+
+# Chat templates ------------------------------------------------------------------------------------------------------
+
+
+USER = {"role": "user", "content": "What is 1 + 1?"}
+CHATS = [
+    [USER],
+    [{"role": "system", "content": "Be brief."}, USER],
+    [USER, {"role": "assistant", "content": "<think>\nhm\n</think>\n\nIt is 2."}, USER],
+]
+
+
+@pytest.mark.parametrize("chat", CHATS, ids=["user", "system", "turns"])
+@pytest.mark.parametrize(
+    ("name", "original", "kwargs"),
+    [
+        ("qwen3", qwen3_chat_template, {"enable_thinking": True}),
+        ("qwen3", qwen3_chat_template, {"enable_thinking": False}),
+        ("deepseek_r1_distill", deepseek_r1_distill_chat_template, {}),
+    ],
+    ids=["qwen3", "qwen3_off", "r1"],
+)
+def test_fixtures_render_as_the_originals_that_trl_ships(
+    name: str, original: str, kwargs: dict[str, Any], chat: list[dict[str, str]]
+) -> None:
+    tokenizer = build_tokenizer(name)
+    texts = [
+        tokenizer.apply_chat_template(
+            chat, chat_template=template, tokenize=False, add_generation_prompt=True, **kwargs
+        )
+        for template in (None, original)
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_olmo3_thinks_and_states_that_it_has_no_functions() -> None:
+    # TRL ships no copy of this one; these are the strings that the released template renders
+    tokenizer = build_tokenizer("olmo3_think")
+    text = tokenizer.apply_chat_template(CHATS[1], tokenize=False, add_generation_prompt=True)
+    assert text == (
+        "<|im_start|>system\nBe brief. You do not currently have access to any functions. <functions></functions>"
+        "<|im_end|>\n<|im_start|>user\nWhat is 1 + 1?<|im_end|>\n<|im_start|>assistant\n<think>"
+    )
+    text = tokenizer.apply_chat_template(CHATS[0], tokenize=False, add_generation_prompt=True)
+    assert text.startswith("<|im_start|>system\nYou are OLMo, a helpful function-calling AI assistant built by Ai2. ")
+
+
+# Data ----------------------------------------------------------------------------------------------------------------
+
+
+def dasd_rows() -> Iterator[dict[str, str]]:
+    for i in range(40):
+        yield {
+            "uuid": str(i),
+            "input": f"Wie groß ist {i} + {i}?\n",
+            "output": f"<think>\nwait, {i} twice\n</think>\n\nIt is ${2 * i}$.",
+            "domain": "math" if i % 2 else "code",
+        }
+    yield {"uuid": "cut", "input": "Cut off?", "output": "<think>\nhm\n</think>\n", "domain": "math"}
+    yield {"uuid": "none", "input": "", "output": "An answer.", "domain": "math"}
+
+
+def build(*argv: str | Path) -> None:
+    build_data.main([str(item) for item in argv])
+
+
+def write_jsonl(path: Path, rows: list[dict[str, str]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def test_the_subset_is_the_same_on_every_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = list(dasd_rows())
+    write_jsonl(tmp_path / "one" / "train.jsonl", rows)
+    write_jsonl(tmp_path / "two" / "train-00000.jsonl", rows[30:])  # other order, other files
+    write_jsonl(tmp_path / "two" / "train-00001.jsonl", rows[:30][::-1])
+    outputs = []
+    for folder in ("one", "two"):
+        output = tmp_path / f"{folder}.jsonl"
+        build("dasd", "--dataset", tmp_path / folder, "--size", "5", "--output", output)
+        outputs.append(output.read_bytes())
+        assert capsys.readouterr().out.splitlines()[-1] == f"sha256: {hashlib.sha256(outputs[-1]).hexdigest()}"
+    assert outputs[0] == outputs[1]
+    assert hashlib.sha256(outputs[0]).hexdigest() == "9b53b6d1431203eb33a3e2b92322adebf3d5307448d0885e3487f5b8780966dc"
+    chosen = [json.loads(line) for line in outputs[0].decode().splitlines()]
+    assert len(chosen) == 5 and all(set(row) == {"prompt", "reference"} for row in chosen)
+    for row in chosen:
+        number = int(re.fullmatch(r"Wie groß ist (\d+) \+ \1\?", row["prompt"])[1])
+        assert number % 2 == 1 and row["reference"] == f"It is ${2 * number}$."
+
+
+def test_thinking_and_other_domains_can_be_kept(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "data" / "train.jsonl", list(dasd_rows()))
+    output = tmp_path / "out.jsonl"
+    options = ("--domain", "all", "--reference", "full", "--size", "41", "--seed", "1")
+    build("dasd", "--dataset", tmp_path / "data", *options, "--output", output)
+    chosen = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    assert len(chosen) == 41 and all(row["reference"].startswith("<think>\n") for row in chosen)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["mathcot"], "the paper gives no hub id"),
+        (["dasd", "--dataset", "no/such"], "cannot be loaded"),
+        (["dasd", "--dataset", "{data}"], "19 usable rows of the domain `math`"),
+        (["mathcot", "--dataset", "{data}"], "no column `question`; it has `uuid`, `input`"),
+    ],
+    ids=["unset", "missing", "small", "column"],
+)
+def test_data_that_cannot_be_built(argv: list[str], said: str, tmp_path: Path) -> None:
+    rows = [row for row in dasd_rows() if row["uuid"] != "1"]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    with pytest.raises(SystemExit) as stopped:
+        build(*[item.format(data=tmp_path) for item in argv], "--output", tmp_path / "out.jsonl")
+    assert str(stopped.value).startswith("error: ") and said in str(stopped.value)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+# reproduce.sh --------------------------------------------------------------------------------------------------------
+
+
+def reproduce(*argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return subprocess.run(
+        ["bash", str(ROOT / "recipes/reproduce.sh"), *argv],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PATH": path, **environment},
+    )
+
+
+@pytest.mark.parametrize("argv", [(), ("Qwen3-8B",), ("Qwen3-8B", "gsm8k"), ("gpt-5", "dasd")], ids=str)
+def test_reproduce_lists_what_there_is(argv: tuple[str, ...]) -> None:
+    result = reproduce(*argv)
+    assert result.returncode == 2 and not result.stdout
+    listed = {tuple(line.split()) for line in result.stderr.splitlines() if line.startswith("    ")}
+    assert listed == {names(path) for path in RECIPES}
+
+
+def test_reproduce_needs_the_data_that_has_no_hub_id() -> None:
+    result = reproduce("Qwen3-8B", "mathcot", DRY_RUN="1")
+    assert result.returncode == 2 and "DATASET" in result.stderr and not result.stdout
+
+
+@pytest.mark.parametrize(("model", "data"), [("Qwen3-8B", "dasd"), ("Olmo-3-7B-Think", "mathcot")])
+def test_what_reproduce_would_run_parses(
+    model: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    result = reproduce(
+        model,
+        data,
+        DRY_RUN="1",
+        DATASET="some/data",
+        OUTPUT=str(tmp_path),
+        TRAIN_ARGS="--multi_gpu --num_processes 8 --gradient_accumulation_steps 1",
+        EVAL_ARGS="--tensor_parallel_size 8",
+    )
+    assert result.returncode == 0, result.stderr
+    build_line, opsd, purified, evaluate, compare = map(shlex.split, result.stdout.splitlines())
+    assert build_line[:3] == ["python", "recipes/build_data.py", data]
+    outputs = []
+    for command, target in ((opsd, "teacher"), (purified, "purified")):
+        assert command[:2] == ["purified-opsd", "train"]
+        script, training, weights, _ = parse(command[2:])
+        assert training.target == target and training.gradient_accumulation_steps == 1
+        assert weights.model_name_or_path == MODELS[model][0]
+        assert script.dataset_name == build_line[build_line.index("--output") + 1]
+        outputs.append(training.output_dir)
+    assert evaluate[:2] == compare[:2] == ["purified-opsd", "evaluate"]
+    args, _, _ = parse_evaluate(evaluate[2:])
+    assert args is not None
+    assert (args.model, args.checkpoints, args.benchmarks) == (MODELS[model][0], outputs, BENCHMARKS)
+    assert (args.num_samples, args.tensor_parallel_size) == (12, 8)
+    assert args.thinking == ("on" if model.startswith("Qwen3") else "template")
+    none, compared, _ = parse_evaluate(compare[2:])
+    assert none is None
+    assert compared[0] == f"{args.output_dir}/{model}/results.json"
+    runs = [f"{args.output_dir}/{Path(output).name}-checkpoint-*/results.json" for output in outputs]
+    assert compared[1:] == runs
+
+
+@pytest.mark.slow
+def test_reproduce_from_data_to_comparison(make_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    folder = make_model_dir("qwen3", template="qwen3")
+    write_jsonl(tmp_path / "dasd" / "train.jsonl", list(dasd_rows()))
+    rows = tmp_path / "outputs" / "data" / "dasd_10k.jsonl"
+    build("dasd", "--dataset", tmp_path / "dasd", "--size", "8", "--output", rows)
+    problems = tmp_path / "problems.jsonl"
+    write_jsonl(problems, [{"problem": "What is 1 + 1?", "answer": "2"}, {"problem": "And 2 + 2?", "answer": "4"}])
+    train_args = (
+        "--dtype float32 --use_vllm False --use_cpu True --bf16 False --mixed_precision no --max_steps 2 "
+        "--save_steps 1 --max_completion_length 8 --per_device_train_batch_size 1 --gradient_accumulation_steps 1"
+    )
+    result = reproduce(
+        "Qwen3-0.6B",
+        "dasd",
+        OUTPUT=str(tmp_path / "outputs"),
+        MODEL_PATH=str(folder),
+        TRAIN_ARGS=train_args,
+        EVAL_ARGS=f"--benchmarks {problems} --num_samples 2 --max_new_tokens 8 --backend transformers",
+    )
+    assert result.returncode == 0, result.stderr
+    evaluation = tmp_path / "outputs" / "Qwen3-0.6B-dasd-evaluation"
+    comparison = json.loads((evaluation / "comparison" / "comparison.json").read_text())
+    runs = [f"Qwen3-0.6B-{method}-dasd-checkpoint-{step}" for method in ("opsd", "purified") for step in (1, 2)]
+    assert list(comparison["table"]["problems"]) == [folder.name, *runs]
