@@ -1,0 +1,220 @@
+"""The pages say what the code does: their code runs, their commands parse, and no error message is missing."""
+
+import argparse
+import ast
+import dataclasses
+import json
+import re
+import shlex
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from accelerate.commands.launch import launch_command_parser
+from trl import DatasetMixtureConfig, ModelConfig
+
+from purified_opsd_trl import PurifiedOPSDConfig, bench, diagnose, evaluate
+from purified_opsd_trl.train import PurifiedOPSDScriptArguments, check_unknown_keys, make_parser
+
+from .conftest import read_rows
+
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def _blocks(page: Path, language: str) -> list[tuple[int, str]]:
+    """Line number and text of the page's code blocks in a language."""
+    text = page.read_text(encoding="utf-8")
+    return [
+        (text[: match.start()].count("\n") + 2, match.group(1))
+        for match in re.finditer(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    ]
+
+
+def _pages_with(language: str) -> Any:
+    pages = [page for page in PAGES if _blocks(page, language)]
+    return pytest.mark.parametrize("page", pages, ids=lambda page: page.stem)
+
+
+# Python runs ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every config asks for one short step on the CPU, whatever the page says."""
+    as_written = PurifiedOPSDConfig.__post_init__
+
+    def smaller(self: PurifiedOPSDConfig) -> None:
+        self.max_steps, self.max_completion_length, self.per_device_train_batch_size = 1, 8, 2
+        self.use_cpu, self.bf16, self.gradient_checkpointing, self.dataloader_pin_memory = True, False, False, False
+        self.report_to, self.save_strategy, self.disable_tqdm = "none", "no", True
+        as_written(self)
+
+    monkeypatch.setattr(PurifiedOPSDConfig, "__post_init__", smaller)
+
+
+@pytest.fixture
+def small_world(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_model_dir: Callable[..., Path], small_settings: None
+) -> None:
+    """
+    A folder in which the pages' code runs as it stands.
+
+    A hub id is a relative path too, here of a tiny model, and `problems.jsonl` has the columns of all pages.
+    """
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "Qwen").mkdir()
+    (tmp_path / "Qwen" / "Qwen3-0.6B").symlink_to(make_model_dir())
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            "problem": row["prompt"],
+            "reference": row["reference"],
+            "solution": row["reference"],
+        }
+        for row in read_rows("standard")
+    ]
+    (tmp_path / "problems.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+
+
+@_pages_with("python")
+def test_python_runs(page: Path, small_world: None) -> None:
+    namespace: dict[str, Any] = {"__name__": page.stem}
+    for line, code in _blocks(page, "python"):
+        # The line numbers of a traceback are those of the page
+        exec(compile("\n" * (line - 1) + code, str(page), "exec"), namespace)
+
+
+# Commands and settings exist -----------------------------------------------------------------------------------------
+
+
+def _commands() -> list[Any]:
+    """The commands on the pages, without variables, comments and continuation lines."""
+    commands = []
+    for page in PAGES:
+        for line, block in _blocks(page, "bash"):
+            for command in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(command, comments=True)
+                while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+                    words = words[1:]
+                if words:
+                    commands.append(pytest.param(page, words, id=f"{page.stem}:{line}:{'-'.join(words[:3])}"))
+    return commands
+
+
+def _train(words: list[str]) -> None:
+    parser = make_parser()
+    *_, remaining = parser.parse_args_and_config(words, return_remaining_strings=True)
+    check_unknown_keys(parser, remaining)
+
+
+def _purified_opsd(words: list[str]) -> None:
+    command, *rest = words
+    if command == "train":
+        _train(rest)
+    elif command == "bench":
+        {"loss": bench.loss, "step": bench.step}[rest[0]].make_parser().parse_args(rest[1:])
+    else:
+        {"diagnose": diagnose.run, "evaluate": evaluate.arguments}[command].make_parser().parse_args(rest)
+
+
+def _accelerate(words: list[str]) -> None:
+    launch, script = words[1 : words.index("-m")], words[words.index("-m") + 1 :]
+    options = launch_command_parser().parse_args([*launch, "-m", script[0]])
+    assert options.config_file is None or (ROOT / options.config_file).is_file()
+    assert script[0] == "purified_opsd_trl.train"
+    _train(script[1:])
+
+
+def _pip(words: list[str]) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for extras in re.findall(r"(?:purified-opsd-trl|\.)\[(.*?)\]", " ".join(words)):
+        assert set(extras.split(",")) <= set(project["optional-dependencies"])
+
+
+def _make(words: list[str]) -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert re.search(rf"^{words[0]}:", makefile, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("page", "words"), _commands())
+def test_commands_parse(
+    page: Path, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_settings: None
+) -> None:
+    # The repository's folders, and the settings that the page says to write to a file (`# path` in the first line)
+    monkeypatch.chdir(tmp_path)
+    for folder in ("recipes", "tests", "docs"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    for _, block in _blocks(page, "yaml"):
+        if written := re.match(r"# (\S+\.yaml)\n", block):
+            (tmp_path / written.group(1)).parent.mkdir(parents=True)
+            (tmp_path / written.group(1)).write_text(block, encoding="utf-8")
+    monkeypatch.setattr(argparse.ArgumentParser, "error", lambda self, message: pytest.fail(message))
+    known = {"purified-opsd": _purified_opsd, "accelerate": _accelerate, "pip": _pip, "make": _make}
+    if words[0] in known:
+        known[words[0]](words[1:])
+    for path in (word for word in words if re.match(r"(recipes|docs|tests|purified_opsd_trl)/", word)):
+        assert (ROOT / path).exists(), f"{path} does not exist"
+
+
+@_pages_with("yaml")
+def test_settings_exist(page: Path, small_settings: None) -> None:
+    configs = (PurifiedOPSDScriptArguments, PurifiedOPSDConfig, ModelConfig, DatasetMixtureConfig)
+    known = {field.name for config in configs for field in dataclasses.fields(config)} | {"accelerate_config"}
+    known |= {action.dest for action in launch_command_parser()._actions}
+    for line, block in _blocks(page, "yaml"):
+        settings = yaml.safe_load(block)
+        assert set(settings) <= known, f"{page.name}, line {line}: no such settings: {set(settings) - known}"
+        ours = {field.name for field in dataclasses.fields(PurifiedOPSDConfig)} & set(settings)
+        PurifiedOPSDConfig(**{"output_dir": "unused", **{name: settings[name] for name in ours}})
+
+
+# Every message has an entry ------------------------------------------------------------------------------------------
+
+
+def _template(node: ast.expr) -> str:
+    """A message as the reader sees it: without backticks, `…` for what is filled in."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(map(_template, node.values))
+    return node.value.replace("`", "") if isinstance(node, ast.Constant) and isinstance(node.value, str) else "…"
+
+
+def _messages() -> Iterator[tuple[str, str]]:
+    """Where and what: each message of the package that has words of its own, from `raise` to warning."""
+    for path in sorted((ROOT / "purified_opsd_trl").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            message: ast.expr | None = None
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
+                message = node.exc.args[0]
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "warning":
+                message = node.args[0]
+            elif isinstance(node, ast.FunctionDef) and node.name.endswith("_message"):  # put together elsewhere
+                message = node.body[-1].value if isinstance(node.body[-1], ast.Return) else None
+            text = re.sub(r"%[sd]", "…", _template(message)) if message is not None else ""
+            if len(re.findall("[a-z]", text)) > 5:  # else it only puts a place in front of another message
+                yield f"{path.relative_to(ROOT)}:{node.lineno}", text
+
+
+def _entries() -> list[str]:
+    """Fragments of messages: the code spans in the first cell of each row of the page's tables."""
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8").split("## Not ours")[0]
+    rows = [line.split(" | ")[0] for line in page.splitlines() if line.startswith("| `")]
+    return [entry for row in rows for entry in re.findall(r"`([^`]+)`", row)]
+
+
+def test_every_message_is_on_the_troubleshooting_page() -> None:
+    entries = _entries()
+    messages = list(_messages())
+    assert len(messages) > 90
+    missing = [f"{where}: {text}" for where, text in messages if not any(entry in text for entry in entries)]
+    assert not missing, "docs/troubleshooting.md has no entry for:\n" + "\n".join(missing)
+
+
+def test_no_entry_of_the_troubleshooting_page_is_stale() -> None:
+    messages = [text for _, text in _messages()]
+    stale = [entry for entry in _entries() if not any(entry in text for text in messages)]
+    assert not stale, f"docs/troubleshooting.md has entries that no message matches: {stale}"
