@@ -2,11 +2,12 @@
 Prompts and completion ids -> scoring batches; scores -> tensors for the loss.
 
 Shapes: `B` rows of the generation batch, `C` longest completion, `H` hidden size, `b` sequences of one scoring batch,
-`L` its padded length.
+`L` its padded length, `P` padded length of its shared prefixes.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import takewhile
 
 import torch
 from trl.trainer.utils import pad
@@ -14,13 +15,25 @@ from trl.trainer.utils import pad
 from .scoring import TeacherScores
 
 
+# Tokens that teacher and reference-only prompt must share at least for their prefix to be run once: it takes one
+# forward more, so a short prefix costs what it saves (docs/kernels.md, "Shared prefixes")
+MIN_SHARED_TOKENS = 128
+
+# The two contexts that begin alike where the template puts the reference first
+_BRANCHES = ("teacher", "reference_only")
+
+
 @dataclass(frozen=True)
 class ScoringBatch:
     """
-    Sequences scored by one forward of the frozen model.
+    Sequences scored together by the frozen model, in one forward, or in two where they continue shared prefixes.
 
-    Prompt and completion are joined first and padded on the left, so a completion always ends at the last column. It
-    is appended as ids, never as text: the same ids stand in every context.
+    Prompt and completion are joined first and padded on the left, so that a completion ends at the last column. It is
+    appended as ids, never as text: the same ids stand in every context.
+
+    With prefixes, sequences `i` and `i + b / 2` are the teacher's and the reference-only probe's of one row; both
+    continue prefix `i`. The prefixes are padded on the left and the continuations on the right, so that the tokens of
+    a sequence stay neighbours.
 
     Attributes:
         contexts (`tuple[str, ...]` of length `b`):
@@ -28,18 +41,43 @@ class ScoringBatch:
         rows (`tuple[int, ...]` of length `b`):
             Row of the generation batch of each sequence.
         input_ids (`torch.Tensor` of shape `[b, L]`):
-            Prompt and completion ids.
+            Prompt and completion ids, without the prefix.
         attention_mask (`torch.Tensor` of shape `[b, L]`):
             1 for tokens, 0 for padding.
+        completion_starts (`tuple[int, ...]` of length `b`):
+            Column of each completion's first token, which is never the first column.
         completion_lengths (`tuple[int, ...]` of length `b`):
             Tokens of each completion.
+        prefix_ids, prefix_mask (`torch.Tensor` of shape `[b / 2, P]`, *optional*):
+            Shared prefixes.
     """
 
     contexts: tuple[str, ...]
     rows: tuple[int, ...]
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
+    completion_starts: tuple[int, ...]
     completion_lengths: tuple[int, ...]
+    prefix_ids: torch.Tensor | None = None
+    prefix_mask: torch.Tensor | None = None
+
+    @property
+    def forwards(self) -> int:
+        """Forwards of the model that the batch takes."""
+        return 1 if self.prefix_ids is None else 2
+
+    @property
+    def masks(self) -> list[torch.Tensor]:
+        """Attention masks of these forwards."""
+        return [mask for mask in (self.prefix_mask, self.attention_mask) if mask is not None]
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Sequences of one batch as `(context, row)`, with the lengths of the prefixes that its pairs share."""
+
+    keys: list[tuple[str, int]]
+    prefixes: list[int] = field(default_factory=list)
 
 
 class PurificationCollator:
@@ -69,13 +107,15 @@ class PurificationCollator:
         self.max_tokens = max_tokens
         self.pad_to_multiple_of = pad_to_multiple_of
 
-    def plan(self, lengths: Sequence[int]) -> list[list[int]]:
+    def plan(self, lengths: Sequence[int], width: int = 1) -> list[list[int]]:
         """
         Groups sequences of similar length.
 
         Args:
             lengths (`Sequence[int]`):
-                Tokens of each sequence.
+                Tokens of each sequence, or of the longest of each `width` sequences that stay together.
+            width (`int`, *optional*, defaults to `1`):
+                Sequences that each index stands for.
 
         Returns:
             `list[list[int]]`: groups of indices, the longest sequences first (a lack of memory shows at once).
@@ -83,17 +123,43 @@ class PurificationCollator:
         groups: list[list[int]] = []
         for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
             # The group's first sequence is its longest, so its length is the padded length
-            fits = groups and len(groups[-1]) < self.max_sequences
+            count = width * (len(groups[-1]) + 1) if groups else 0
+            fits = groups and count <= self.max_sequences
             if fits and self.max_tokens is not None:
-                fits = (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= self.max_tokens
+                fits = count * lengths[groups[-1][0]] <= self.max_tokens
             if fits:
                 groups[-1].append(index)
             else:
                 groups.append([index])
         return groups
 
+    def shared_prefixes(self, prompt_ids: dict[str, list[list[int]]]) -> dict[int, int]:
+        """
+        Rows whose teacher and reference-only prompt begin with the same tokens.
+
+        Args:
+            prompt_ids (`dict[str, list[list[int]]]`):
+                Prompt ids of every row, by context.
+
+        Returns:
+            `dict[int, int]`: length of the common prefix by row, where it is worth a forward of its own. The last
+            token of a prompt is never counted in: it predicts the first token of the completion.
+        """
+        lengths = {}
+        pairs = zip(prompt_ids.get("teacher", []), prompt_ids.get("reference_only", []), strict=False)
+        for row, (teacher, reference_only) in enumerate(pairs):
+            both = zip(teacher[:-1], reference_only[:-1], strict=False)
+            common = sum(1 for _ in takewhile(lambda ids: ids[0] == ids[1], both))
+            if common >= MIN_SHARED_TOKENS:
+                lengths[row] = common
+        return lengths
+
     def scoring_batches(
-        self, prompt_ids: dict[str, list[list[int]]], completion_ids: list[list[int]], num_batches: int | None = None
+        self,
+        prompt_ids: dict[str, list[list[int]]],
+        completion_ids: list[list[int]],
+        num_forwards: int | None = None,
+        share_prefixes: bool = False,
     ) -> list[ScoringBatch]:
         """
         Joins prompts and completions, sorts the sequences of all contexts by length and pads them.
@@ -103,40 +169,70 @@ class PurificationCollator:
                 Prompt ids of every row, by context.
             completion_ids (`list[list[int]]`):
                 Completion ids of every row, the same for all contexts.
-            num_batches (`int`, *optional*):
-                Number of batches to return at least: where parameters are sharded, all processes must run the same
-                number of forwards. Groups are split, largest first, and when nothing is left to split the last batch
+            num_forwards (`int`, *optional*):
+                Number of forwards that the batches take at least: where parameters are sharded, all processes must
+                run the same number. Batches are split, largest first, and when nothing is left to split the last one
                 is repeated; a repetition writes the same values again.
+            share_prefixes (`bool`, *optional*, defaults to `False`):
+                Whether the prefix that a row's teacher and reference-only prompt share is run once for both. The two
+                then stay in one batch, even where it may hold one sequence only.
 
         Returns:
             `list[ScoringBatch]`.
         """
-        keys = [(context, row) for context, rows in prompt_ids.items() for row in range(len(rows))]
-        sequences = [prompt_ids[context][row] + completion_ids[row] for context, row in keys]
-        groups = self.plan([len(sequence) for sequence in sequences])
-        while num_batches is not None and len(groups) < num_batches:
-            largest = max(range(len(groups)), key=lambda i: len(groups[i]))
-            group = groups[largest]
-            half = (len(group) + 1) // 2
-            groups[largest : largest + 1] = [group[:half], group[half:]] if len(group) > 1 else [group, group]
-        return [
-            self._batch([keys[i] for i in group], [sequences[i] for i in group], completion_ids) for group in groups
-        ]
+        sequences = {
+            (context, row): prompt + completion_ids[row]
+            for context, prompts in prompt_ids.items()
+            for row, prompt in enumerate(prompts)
+        }
+        groups = self._groups(sequences, self.shared_prefixes(prompt_ids) if share_prefixes else {})
+        missing = (num_forwards or 0) - sum(2 if group.prefixes else 1 for group in groups)
+        if missing > 0:
+            groups = _with_more_forwards(groups, missing)
+        return [self._batch(group, sequences, completion_ids) for group in groups]
+
+    def _groups(self, sequences: dict[tuple[str, int], list[int]], prefixes: dict[int, int]) -> list[_Group]:
+        paired, groups = list(prefixes), []
+        longest = [max(len(sequences[context, row]) for context in _BRANCHES) for row in paired]
+        for indices in self.plan(longest, width=2):
+            rows = [paired[i] for i in indices]
+            keys = [(context, row) for context in _BRANCHES for row in rows]
+            groups.append(_Group(keys, [prefixes[row] for row in rows]))
+        rest = [key for key in sequences if key[0] not in _BRANCHES or key[1] not in prefixes]
+        alone = self.plan([len(sequences[key]) for key in rest])
+        return [*groups, *(_Group([rest[i] for i in indices]) for indices in alone)]
 
     def _batch(
-        self, keys: list[tuple[str, int]], sequences: list[list[int]], completion_ids: list[list[int]]
+        self, group: _Group, sequences: dict[tuple[str, int], list[int]], completion_ids: list[list[int]]
     ) -> ScoringBatch:
-        ids = [torch.tensor(sequence) for sequence in sequences]
+        skipped = group.prefixes * 2 or [0] * len(group.keys)
+        side = "right" if group.prefixes else "left"
+        ids = [sequences[key][skip:] for key, skip in zip(group.keys, skipped, strict=True)]
+        lengths = [len(completion_ids[row]) for _, row in group.keys]
+        input_ids, attention_mask = self._pad(ids, side)
+        prefix_ids = prefix_mask = None
+        if group.prefixes:
+            shared = [sequences[key][:skip] for key, skip in zip(group.keys, group.prefixes, strict=False)]
+            prefix_ids, prefix_mask = self._pad(shared, "left")
+        ends = [len(i) if group.prefixes else input_ids.shape[1] for i in ids]
         return ScoringBatch(
-            contexts=tuple(context for context, _ in keys),
-            rows=tuple(row for _, row in keys),
-            input_ids=self._pad(ids, self.pad_token_id),
-            attention_mask=self._pad([torch.ones_like(i) for i in ids], 0),
-            completion_lengths=tuple(len(completion_ids[row]) for _, row in keys),
+            contexts=tuple(context for context, _ in group.keys),
+            rows=tuple(row for _, row in group.keys),
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            completion_starts=tuple(end - length for end, length in zip(ends, lengths, strict=True)),
+            completion_lengths=tuple(lengths),
+            prefix_ids=prefix_ids,
+            prefix_mask=prefix_mask,
         )
 
-    def _pad(self, sequences: list[torch.Tensor], value: int) -> torch.Tensor:
-        return pad(sequences, padding_value=value, padding_side="left", pad_to_multiple_of=self.pad_to_multiple_of)
+    def _pad(self, sequences: list[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
+        ids = [torch.tensor(sequence) for sequence in sequences]
+        padded = [
+            pad(tensors, padding_value=value, padding_side=side, pad_to_multiple_of=self.pad_to_multiple_of)
+            for tensors, value in ((ids, self.pad_token_id), ([torch.ones_like(i) for i in ids], 0))
+        ]
+        return padded[0], padded[1]
 
     def training_tensors(
         self, scores: TeacherScores, states: tuple[str, ...], dtype: torch.dtype | None = None
@@ -168,3 +264,18 @@ def _state(scores: TeacherScores, state: str, dtype: torch.dtype | None) -> torc
     for row in range(len(delta)):  # row by row: the fp32 difference of the whole batch would double the memory
         delta[row] = teacher[row].float() - reference_only[row].float()
     return delta
+
+
+def _with_more_forwards(groups: list[_Group], missing: int) -> list[_Group]:
+    """Splits or repeats groups until they take `missing` forwards more."""
+    if all(group.prefixes for group in groups):  # the last pairs apart take two forwards, as they did together
+        keys = groups.pop().keys
+        half = len(keys) // 2
+        groups = [*groups, _Group(keys[:half]), _Group(keys[half:])]
+    for _ in range(missing):
+        largest = max(range(len(groups)), key=lambda i: 0 if groups[i].prefixes else len(groups[i].keys))
+        keys = groups[largest].keys
+        half = (len(keys) + 1) // 2
+        parts = [keys[:half], keys[half:]] if len(keys) > 1 else [keys, keys]
+        groups[largest : largest + 1] = [_Group(part) for part in parts]
+    return groups

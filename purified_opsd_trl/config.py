@@ -14,6 +14,11 @@ _INSTRUCTION = "Use the worked solution to understand the problem, then solve th
 
 DEFAULT_TEACHER_PROMPT_TEMPLATE = "{question}\n\nWorked solution of this problem:\n{reference}\n\n" + _INSTRUCTION
 DEFAULT_REFERENCE_PROMPT_TEMPLATE = "Worked solution of this problem:\n{reference}\n\n" + _INSTRUCTION
+# The teacher's template for long references: with the default of the reference-only probe the two prompts begin alike
+# up to the end of the reference, which is then run once (`share_reference_prefix`)
+REFERENCE_FIRST_TEACHER_PROMPT_TEMPLATE = (
+    "Worked solution of this problem:\n{reference}\n\nThe problem:\n{question}\n\n" + _INSTRUCTION
+)
 
 _PLACEHOLDER = re.compile(r"\{(question|reference)\}")
 
@@ -70,6 +75,11 @@ class PurifiedOPSDConfig(DistillationConfig):
         scoring_token_budget (`int`, *optional*):
             Most tokens, padding included, a scoring forward may hold. `None` sets no limit. A single sequence longer
             than the budget is scored alone.
+        share_reference_prefix (`bool`, *optional*, defaults to `True`):
+            Whether tokens with which the teacher's and the reference-only prompt of a row both begin are run once.
+            Worth it for long references that stand before the question (`REFERENCE_FIRST_TEACHER_PROMPT_TEMPLATE`);
+            prompts that differ from the start, and models that cannot continue one prefix in two ways, are scored
+            apart. Keys and values of these tokens are held for the scoring forward.
         offload_scores (`bool`, *optional*, defaults to `False`):
             Whether to keep the teacher's hidden states in host memory between scoring and loss. Worth it when
             `generation batch * completion length * hidden size * 2` values do not fit the device.
@@ -190,6 +200,10 @@ class PurifiedOPSDConfig(DistillationConfig):
     )
     scoring_token_budget: int | None = field(
         default=None, metadata={"help": "Most tokens, padding included, in a scoring forward. None: no limit."}
+    )
+    share_reference_prefix: bool = field(
+        default=True,
+        metadata={"help": "Run tokens that begin both the teacher's and the reference-only prompt of a row once."},
     )
     offload_scores: bool = field(
         default=False, metadata={"help": "Keep the teacher's hidden states in host memory until the loss."}

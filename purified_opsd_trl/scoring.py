@@ -7,6 +7,7 @@ Scoring runs once a generation batch, right after the rollout, without gradient 
 hidden states are kept; the loss projects them chunk by chunk.
 """
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import is_peft_model
-from transformers import TrainerCallback
+from transformers import DynamicCache, TrainerCallback
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from trl.trainer.utils import use_adapter
 
 from .loss import LMHead, gathered_heads
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
     from .trainer import PurifiedOPSDTrainer
 
 
+logger = logging.getLogger(__name__)
+
+
 @dataclass(frozen=True)
 class ScoringStats:
     """
@@ -34,7 +39,7 @@ class ScoringStats:
 
     Attributes:
         tokens (`int`):
-            Tokens scored, prompts included, all contexts.
+            Tokens run through the model, prompts included, all contexts; a shared prefix counts once.
         padded_tokens (`int`):
             The same with padding.
         forwards (`int`):
@@ -135,6 +140,7 @@ class TeacherScoringCallback(TrainerCallback):
         self.trainer: PurifiedOPSDTrainer | None = None
         self.teacher_model: torch.nn.Module | None = None
         self.ema: EMATeacher | None = None
+        self._told_why_not = False
 
     def attach(self, trainer: "PurifiedOPSDTrainer", model_path: str | None) -> None:
         """
@@ -251,7 +257,6 @@ class TeacherScoringCallback(TrainerCallback):
         """
         assert self.trainer is not None
         started = time.perf_counter()
-        batches = self._agreed_batches(prompt_ids, completion_ids)
         accelerator = self.trainer.accelerator
         device = torch.device("cpu") if self.trainer.args.offload_scores else accelerator.device
         lengths = torch.tensor([len(ids) for ids in completion_ids], device=device)
@@ -260,44 +265,64 @@ class TeacherScoringCallback(TrainerCallback):
         finite: list[torch.Tensor] = []
         with self.frozen_model() as (wrapped, unwrapped), torch.no_grad(), accelerator.autocast():
             head = LMHead.from_model(unwrapped)
+            batches = self._agreed_batches(prompt_ids, completion_ids, unwrapped)
             for batch in batches:
                 states = self._forward(wrapped, unwrapped, batch)
                 finite.append(_scatter(states, batch, hidden, mask))
         self._check_finite(batches, finite)
         stats = ScoringStats(
-            tokens=sum(int(batch.attention_mask.sum()) for batch in batches),
-            padded_tokens=sum(batch.input_ids.numel() for batch in batches),
-            forwards=len(batches),
+            tokens=sum(int(mask.sum()) for batch in batches for mask in batch.masks),
+            padded_tokens=sum(mask.numel() for batch in batches for mask in batch.masks),
+            forwards=sum(batch.forwards for batch in batches),
             seconds=time.perf_counter() - started,
         )
         return TeacherScores(hidden, mask, head, self.trainer.temperature, stats)
 
     def _agreed_batches(
-        self, prompt_ids: dict[str, list[list[int]]], completion_ids: list[list[int]]
+        self, prompt_ids: dict[str, list[list[int]]], completion_ids: list[list[int]], model: Any
     ) -> list["ScoringBatch"]:
         assert self.trainer is not None
         collator, accelerator = self.trainer.purification_collator, self.trainer.accelerator
-        batches = collator.scoring_batches(prompt_ids, completion_ids)
+        share = self.trainer.args.share_reference_prefix
+        why_not = unshareable(model) if share else None
+        if why_not is not None and not self._told_why_not and collator.shared_prefixes(prompt_ids):
+            logger.warning(
+                f"Teacher and reference-only prompts are scored apart, although they begin alike: {why_not}."
+            )
+            self._told_why_not = True
+        share = share and why_not is None
+        batches = collator.scoring_batches(prompt_ids, completion_ids, share_prefixes=share)
         if accelerator.num_processes > 1:
             # Sharded parameters are gathered by all processes together: one forward more on one of them would hang
-            count = torch.tensor([len(batches)], device=accelerator.device)
-            most = int(accelerator.gather(count).max())
-            if len(batches) < most:
-                batches = collator.scoring_batches(prompt_ids, completion_ids, num_batches=most)
+            own = sum(batch.forwards for batch in batches)
+            most = int(accelerator.gather(torch.tensor([own], device=accelerator.device)).max())
+            if own < most:
+                batches = collator.scoring_batches(prompt_ids, completion_ids, num_forwards=most, share_prefixes=share)
         return batches
 
     def _forward(self, wrapped: torch.nn.Module, unwrapped: torch.nn.Module, batch: "ScoringBatch") -> torch.Tensor:
+        """Hidden states `[b, n, H]` that predict the last n columns of the batch, all completions among them."""
         assert self.trainer is not None
         device = self.trainer.accelerator.device
-        return self.trainer._forward_redirection(
-            wrapped,
-            unwrapped,
-            self.trainer._get_last_hidden_state,
-            unwrapped,
-            batch.input_ids.to(device),
-            batch.attention_mask.to(device),
-            max(batch.completion_lengths),
-        )
+        input_ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
+        redirect = self.trainer._forward_redirection
+        if batch.prefix_ids is None or batch.prefix_mask is None:
+            get_states = self.trainer._get_last_hidden_state
+            return redirect(wrapped, unwrapped, get_states, unwrapped, input_ids, mask, max(batch.completion_lengths))
+
+        cache = DynamicCache(config=unwrapped.config)  # of the prefixes, then of sequences that continue them
+
+        def continued(ids: torch.Tensor, mask: torch.Tensor, first: int) -> torch.Tensor:
+            model = unwrapped.base_model.model if is_peft_model(unwrapped) else unwrapped
+            outputs = model.base_model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+            return outputs.last_hidden_state[:, first - 1 : -1]
+
+        # Each forward enters the wrapper on its own, as those without a prefix do; the cache never passes through it
+        prefix_ids, prefix_mask = batch.prefix_ids.to(device), batch.prefix_mask.to(device)
+        redirect(wrapped, unwrapped, continued, prefix_ids, prefix_mask, prefix_ids.shape[1])
+        cache.reorder_cache(torch.arange(len(prefix_ids), device=device).repeat(2))
+        mask = torch.cat([prefix_mask.repeat(2, 1), mask], dim=1)
+        return redirect(wrapped, unwrapped, continued, input_ids, mask, min(batch.completion_starts))
 
     def _check_finite(self, batches: list["ScoringBatch"], finite: list[torch.Tensor]) -> None:
         assert self.trainer is not None
@@ -324,10 +349,38 @@ def _scatter(
 ) -> torch.Tensor:
     """Copies each sequence's completion states to its row; returns per sequence whether all of them are finite."""
     finite = []
-    for i, (context, row, length) in enumerate(zip(batch.contexts, batch.rows, batch.completion_lengths, strict=True)):
+    sequences = zip(batch.contexts, batch.rows, batch.completion_starts, batch.completion_lengths, strict=True)
+    for i, (context, row, start, length) in enumerate(sequences):
         if context not in hidden:
             hidden[context] = torch.zeros(*mask.shape, states.shape[-1], dtype=states.dtype, device=mask.device)
-        completion = states[i, states.shape[1] - length :]
+        first = states.shape[1] - batch.input_ids.shape[1] + start  # the last state predicts the last column
+        completion = states[i, first : first + length]
         hidden[context][row, :length] = completion.to(mask.device)
         finite.append(torch.isfinite(completion).all())
     return torch.stack(finite)
+
+
+def unshareable(model: Any) -> str | None:
+    """
+    Why a model cannot continue one prefix in two ways and score exactly what separate forwards score.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Unwrapped model.
+
+    Returns:
+        `str`, *optional*: the reason; `None` if it can.
+    """
+    config = model.config.get_text_config()
+    if config is not model.config:
+        return f"{model.config.model_type} is more than a language model"
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {str(part.get("rope_type")) for part in (rope, *rope.values()) if isinstance(part, dict)}
+    if kinds & {"dynamic", "longrope"}:
+        return f"the rotary embedding of {config.model_type} depends on the length of the whole sequence"
+    if getattr(config, "attention_chunk_size", None) is not None:
+        return f"the attention of {config.model_type} depends on where its chunks begin"
+    layers = {type(layer) for layer in DynamicCache(config=config).layers}
+    if not layers <= {DynamicLayer, DynamicSlidingWindowLayer} or getattr(model, "_is_stateful", False):
+        return f"{config.model_type} keeps more than keys and values of earlier tokens"
+    return None

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from purified_opsd_trl import PurificationCollator, TeacherScores
+from purified_opsd_trl.collator import ScoringBatch
 from purified_opsd_trl.scoring import ScoringStats
 
 
@@ -48,9 +49,9 @@ def test_the_token_budget_bounds_padded_tokens(budget: int) -> None:
 
 
 @pytest.mark.parametrize("wanted", [1, 2, 3, 4, 5, 9])
-def test_the_number_of_batches_can_be_raised(wanted: int) -> None:
+def test_the_number_of_forwards_can_be_raised(wanted: int) -> None:
     collator = PurificationCollator(pad_token_id=0, max_sequences=4)
-    batches = collator.scoring_batches(PROMPTS, COMPLETIONS, num_batches=wanted)
+    batches = collator.scoring_batches(PROMPTS, COMPLETIONS, num_forwards=wanted)
     assert len(batches) == max(1, wanted)
     keys = {key for batch in batches for key in zip(batch.contexts, batch.rows, strict=True)}
     assert len(keys) == 4
@@ -60,6 +61,98 @@ def test_lengths_are_padded_to_the_multiple() -> None:
     collator = PurificationCollator(pad_token_id=0, max_sequences=4, pad_to_multiple_of=16)
     (batch,) = collator.scoring_batches(PROMPTS, COMPLETIONS)
     assert batch.input_ids.shape == (4, 16)
+
+
+# Prefixes shared by the teacher's and the reference-only prompt ------------------------------------------------------
+
+REFERENCES = [[5] * 400, [6] * 130, [7] * 127, [8] * 200]
+SHARING = {
+    "base": [[1], [2], [3], [4]],
+    "teacher": [[*reference, 50, 51, 60] for reference in REFERENCES[:3]] + [REFERENCES[3]],
+    "reference_only": [[*reference, 60] for reference in REFERENCES[:3]] + [REFERENCES[3]],
+}
+WRITTEN = [[11, 12], [13], [14, 15, 16], [17]]
+
+
+def tokens_by_key(batches: list[ScoringBatch]) -> dict[tuple[str, int], list[int]]:
+    """Every sequence put together again from prefix and rest."""
+    found = {}
+    for batch in batches:
+        for i, key in enumerate(zip(batch.contexts, batch.rows, strict=True)):
+            ids = batch.input_ids[i][batch.attention_mask[i].bool()].tolist()
+            if batch.prefix_ids is not None and batch.prefix_mask is not None:
+                parent = i % len(batch.prefix_ids)
+                ids = batch.prefix_ids[parent][batch.prefix_mask[parent].bool()].tolist() + ids
+            start, length = batch.completion_starts[i], batch.completion_lengths[i]
+            assert start > 0 and batch.input_ids[i, start : start + length].tolist() == WRITTEN[key[1]]
+            found[key] = ids
+    return found
+
+
+WHOLE = {
+    (context, row): prompt + WRITTEN[row] for context, prompts in SHARING.items() for row, prompt in enumerate(prompts)
+}
+
+
+def test_a_shared_prefix_is_found_on_token_ids_and_leaves_a_token_of_each_prompt() -> None:
+    collator = PurificationCollator(0, max_sequences=8)
+    # row 2 shares 127 tokens, below the threshold; row 3 shares all 200, of which the last one is kept back
+    assert collator.shared_prefixes(SHARING) == {0: 400, 1: 130, 3: 199}
+    assert collator.shared_prefixes({"teacher": SHARING["teacher"]}) == {}
+
+
+@pytest.mark.parametrize("most", [1, 2, 4, 6, 100])
+def test_prefix_and_rest_make_up_every_sequence(most: int) -> None:
+    collator = PurificationCollator(0, max_sequences=most)
+    assert tokens_by_key(collator.scoring_batches(SHARING, WRITTEN)) == WHOLE
+    batches = collator.scoring_batches(SHARING, WRITTEN, share_prefixes=True)
+    assert tokens_by_key(batches) == WHOLE
+    shared = [batch for batch in batches if batch.prefix_ids is not None]
+    assert sum(len(batch.rows) for batch in shared) == 6
+    for batch in batches:
+        assert len(batch.rows) <= max(most, 2 if batch in shared else 1)
+    for batch in shared:
+        assert batch.prefix_mask is not None
+        half = len(batch.rows) // 2
+        assert batch.contexts == ("teacher",) * half + ("reference_only",) * half
+        assert batch.rows[:half] == batch.rows[half:]
+        for mask in batch.prefix_mask.tolist():
+            assert mask == sorted(mask)  # padding first
+        for mask in batch.attention_mask.tolist():
+            assert mask == sorted(mask, reverse=True)  # padding last
+    tokens = sum(int(mask.sum()) for batch in batches for mask in batch.masks)
+    assert tokens == sum(map(len, WHOLE.values())) - 400 - 130 - 199
+
+
+@pytest.mark.parametrize("budget", [50, 800, 1700])
+def test_the_token_budget_holds_in_both_forwards(budget: int) -> None:
+    collator = PurificationCollator(0, max_sequences=100, max_tokens=budget)
+    for batch in collator.scoring_batches(SHARING, WRITTEN, share_prefixes=True):
+        alone = len(batch.rows) == (2 if batch.prefix_ids is not None else 1)
+        assert alone or all(mask.numel() <= budget for mask in batch.masks)
+
+
+@pytest.mark.parametrize("without_base", [False, True])
+@pytest.mark.parametrize("most", [1, 4, 100])
+def test_processes_agree_on_forwards_whatever_they_share(most: int, without_base: bool) -> None:
+    prompts = {name: ids for name, ids in SHARING.items() if not (without_base and name == "base")}
+    collator = PurificationCollator(0, max_sequences=most)
+    own = sum(batch.forwards for batch in collator.scoring_batches(prompts, WRITTEN, share_prefixes=True))
+    for wanted in range(own + 12):
+        batches = collator.scoring_batches(prompts, WRITTEN, num_forwards=wanted, share_prefixes=True)
+        assert sum(batch.forwards for batch in batches) == max(own, wanted)
+        assert tokens_by_key(batches) == {key: ids for key, ids in WHOLE.items() if key[0] in prompts}
+        assert all(len(batch.rows) <= max(most, 2) for batch in batches)
+
+
+def test_pairs_alone_can_be_raised_too() -> None:
+    prompts = {name: [SHARING[name][0]] for name in ("teacher", "reference_only")}
+    collator = PurificationCollator(0, max_sequences=4)
+    assert len(collator.scoring_batches(prompts, WRITTEN[:1], share_prefixes=True)) == 1
+    for wanted in (3, 4, 7):
+        batches = collator.scoring_batches(prompts, WRITTEN[:1], num_forwards=wanted, share_prefixes=True)
+        assert sum(batch.forwards for batch in batches) == wanted
+        assert tokens_by_key(batches) == {(name, 0): WHOLE[name, 0] for name in prompts}
 
 
 def test_delta_is_the_fp32_difference_stored_in_the_dtype_asked_for() -> None:

@@ -1,6 +1,7 @@
 """Scores of the self-teacher against separate dense forwards."""
 
 import copy
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -8,9 +9,11 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from purified_opsd_trl import PurifiedOPSDConfig, PurifiedOPSDTrainer
+from purified_opsd_trl.config import REFERENCE_FIRST_TEACHER_PROMPT_TEMPLATE
+from purified_opsd_trl.scoring import unshareable
 
 
 PROMPTS = {
@@ -106,3 +109,202 @@ def test_scoring_leaves_mode_adapter_and_gradients_alone(trainer: PurifiedOPSDTr
 def test_scores_can_be_kept_in_host_memory(trainer: PurifiedOPSDTrainer) -> None:
     trainer.args.offload_scores = True
     assert {h.device.type for h in trainer.scoring_callback.score(PROMPTS, COMPLETIONS).hidden.values()} == {"cpu"}
+
+
+# Prefixes shared by teacher and reference-only probe -----------------------------------------------------------------
+
+
+def _ids(count: int, seed: int) -> list[int]:
+    return torch.randint(256, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def _sharing_prompts() -> dict[str, list[list[int]]]:
+    """Ragged rows: a long prefix, a longer one, none at all, and two prompts that are the same."""
+    references = [_ids(150, 1), _ids(217, 2), _ids(140, 3), _ids(131, 4)]
+    question, ending = _ids(9, 5), [70, 71]
+    teacher = [reference + question + ending for reference in references]
+    reference_only = [reference + ending for reference in references]
+    teacher[2] = question + teacher[2]
+    teacher[3] = reference_only[3] = references[3]
+    return {"base": [_ids(n, 6) for n in (5, 9, 3, 200)], "teacher": teacher, "reference_only": reference_only}
+
+
+SHARING = _sharing_prompts()
+WRITTEN = [_ids(n, 7 + n) for n in (12, 5, 20, 1)]
+# Window attention in every other layer, with windows shorter and longer than the continuation
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3": ("qwen3", {}),
+    "granite": ("granite", {}),  # Llama's layers
+    "gemma2": ("gemma2", {"sliding_window": 16}),
+    "gemma2 long": ("gemma2", {"sliding_window": 100}),
+}
+
+
+def build_trainer(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    dataset: Dataset,
+    arguments: dict[str, Any],
+    lora: bool = True,
+    **kwargs: Any,
+) -> PurifiedOPSDTrainer:
+    return PurifiedOPSDTrainer(
+        model=model,
+        args=PurifiedOPSDConfig(**{**arguments, **kwargs}),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=2, target_modules=["q_proj"]) if lora else None,
+    )
+
+
+@pytest.mark.parametrize("most", [1, 2, 6])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", MODELS)
+def test_continued_prefixes_score_what_separate_forwards_do(
+    name: str,
+    attention: str,
+    most: int,
+    make_model: Callable[..., PreTrainedModel],
+    tokenizer: Any,
+    conversational_dataset: Dataset,
+    arguments: dict[str, Any],
+) -> None:
+    architecture, overrides = MODELS[name]
+    # logits of a few nats: an argument of softmax beyond ten would amplify the rounding of both ways
+    model = make_model(architecture, initializer_range=0.15, **overrides)
+    model.set_attn_implementation(attention)
+    oracle = copy.deepcopy(model).double()
+    trainer = build_trainer(
+        model, tokenizer, conversational_dataset, arguments, lora=most == 2, scoring_batch_size=most
+    )
+    shared = trainer.scoring_callback.score(SHARING, WRITTEN)
+    trainer.args.share_reference_prefix = False
+    apart = trainer.scoring_callback.score(SHARING, WRITTEN)
+    saved = 150 + 217 + 130
+    assert apart.stats.tokens - shared.stats.tokens == saved
+    assert apart.stats.tokens == sum(
+        len(prompt) + len(written) for rows in SHARING.values() for prompt, written in zip(rows, WRITTEN, strict=True)
+    )
+    for context, prompts in SHARING.items():
+        for row, (prompt, written) in enumerate(zip(prompts, WRITTEN, strict=True)):
+            with torch.no_grad():
+                states = oracle.base_model(input_ids=torch.tensor([prompt + written])).last_hidden_state[0]
+            expected = states[len(prompt) - 1 : -1]
+            found, before = (scores.hidden[context][row] for scores in (shared, apart))
+            assert not found[len(written) :].any()
+            for states in (found, before):
+                assert (states[: len(written)] - expected).norm() <= 1e-5 * expected.norm(), (context, row)
+
+
+def test_a_shared_prefix_takes_one_forward_more(
+    make_model: Callable[..., PreTrainedModel],
+    tokenizer: Any,
+    conversational_dataset: Dataset,
+    arguments: dict[str, Any],
+) -> None:
+    trainer = build_trainer(make_model(), tokenizer, conversational_dataset, arguments, scoring_batch_size=100)
+    calls = []
+    trainer.model.base_model.model.base_model.register_forward_hook(
+        lambda module, args, kwargs, output: calls.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    scores = trainer.scoring_callback.score(SHARING, WRITTEN)
+    # prefixes of three rows; what continues them, twice three; the base's four and the two of the row without
+    assert [shape[0] for shape in calls] == [3, 6, 6] and calls[0][1] == 217
+    assert scores.stats.forwards == 3
+    assert scores.stats.padded_tokens == sum(rows * columns for rows, columns in calls)
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_a_step_is_the_same_with_and_without_shared_prefixes(
+    lora: bool,
+    make_model: Callable[..., PreTrainedModel],
+    tokenizer: Any,
+    conversational_dataset: Dataset,
+    arguments: dict[str, Any],
+) -> None:
+    dataset = conversational_dataset.map(
+        lambda row, i: {"reference": row["reference"] + "so " * (60 + i)}, with_indices=True
+    )
+    results = []
+    for share in (True, False):
+        trainer = build_trainer(
+            make_model(initializer_range=0.15),
+            tokenizer,
+            dataset,
+            {**arguments, "max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0},
+            lora=lora,
+            teacher_prompt_template=REFERENCE_FIRST_TEACHER_PROMPT_TEMPLATE,
+            share_reference_prefix=share,
+            gradient_checkpointing=True,
+        )
+        counts = []
+        score = trainer.scoring_callback.score
+
+        def counted(*args: Any, score: Any = score, counts: list[int] = counts) -> Any:
+            scores = score(*args)
+            counts.append(scores.stats.tokens)
+            return scores
+
+        trainer.scoring_callback.score = counted
+        before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+        loss = trainer.train().training_loss
+        step = torch.cat(
+            [(p.detach() - before[n]).flatten() for n, p in trainer.model.named_parameters() if n in before]
+        )
+        results.append((loss, step, sum(counts)))
+    (loss, step, tokens), (plain_loss, plain_step, plain_tokens) = results
+    assert tokens < plain_tokens - 2 * 180
+    assert abs(loss - plain_loss) <= 1e-5 * plain_loss and plain_step.norm() > 0
+    assert (step - plain_step).norm() <= 1e-4 * plain_step.norm()
+
+
+UNSHAREABLE: dict[str, tuple[str, dict[str, Any]]] = {
+    "longrope": (
+        "phi3",
+        {
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {
+                **{"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64},
+                **{"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "factor": 2.0},
+            },
+        },
+    ),
+    "dynamic": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
+    "chunked": ("llama4_text", {"attention_chunk_size": 32}),
+    "hybrid": ("qwen3_next", {"layer_types": ["linear_attention", "full_attention"]}),
+    "state space": ("mamba2", {"num_heads": 4, "head_dim": 16, "expand": 2}),
+}
+
+
+@pytest.mark.parametrize("name", UNSHAREABLE)
+def test_models_that_cannot_continue_a_prefix_are_told_apart(name: str) -> None:
+    architecture, fields = UNSHAREABLE[name]
+    config = AutoConfig.for_model(
+        architecture,
+        **{"vocab_size": 300, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "pad_token_id": 0},
+        **{"num_attention_heads": 2, "num_key_value_heads": 2, **fields},
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert config.model_type in str(unshareable(model))
+
+
+def test_a_model_that_cannot_continue_a_prefix_is_scored_apart_and_says_so_once(
+    make_model: Callable[..., PreTrainedModel],
+    tokenizer: Any,
+    conversational_dataset: Dataset,
+    arguments: dict[str, Any],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    model = make_model(rope_parameters=rope)
+    trainer = build_trainer(model, tokenizer, conversational_dataset, arguments)
+    with caplog.at_level(logging.WARNING, logger="purified_opsd_trl.scoring"):
+        trainer.scoring_callback.score(PROMPTS, COMPLETIONS)
+        assert not caplog.messages  # nothing to share, nothing to say
+        stats = [trainer.scoring_callback.score(SHARING, WRITTEN).stats for _ in range(2)]
+    assert [message for message in caplog.messages if "begin alike" in message] == caplog.messages[:1]
+    assert len(caplog.messages) == 1 and "qwen3" in caplog.text
+    assert stats[0].tokens == sum(
+        len(prompt) + len(written) for rows in SHARING.values() for prompt, written in zip(rows, WRITTEN, strict=True)
+    )
