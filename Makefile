@@ -1,8 +1,10 @@
 # Each target sets up what it needs on a fresh machine (Python 3.11+ and the package index, nothing else):
 #   make demo    train SmolLM2-135M by purified self-distillation on this CPU    ARGS="--max_steps 1" overrides the recipe
+#   make lab     a tiny reasoner from scratch, distilled plainly and purified    ARGS=--full is the whole grid (hours)
 #   make test    the test suite                                                  ARGS="-k collator" goes to pytest
 #   make test-distributed   every backend and teacher in real processes, DeepSpeed included (long)
 #   make lint    ruff and mypy
+#   make docs    the documentation site, into docs/site; a warning is an error
 #   make clean   remove the environment, caches and outputs
 # PYTHON=/path/to/python3.12 chooses the interpreter of the environment.
 
@@ -16,7 +18,7 @@ export PYTHON
 # With other work on the machine, a thread that spins while it waits starves the one it waits for.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo test test-distributed lint clean
+.PHONY: help demo lab test test-distributed lint docs clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -39,6 +41,13 @@ demo: .venv/.demo-installed
 	$(BIN)/purified-opsd train --config $(RECIPE)/config_demo.yaml --output_dir $(DEMO_OUTPUT) $(ARGS)
 	$(BIN)/python $(RECIPE)/summary.py --output_dir $(DEMO_OUTPUT)
 
+.venv/.lab-installed: $(PINS)
+	.ci/install -e '.[plot]'
+	@touch $@
+
+lab: .venv/.lab-installed
+	$(BIN)/python -m recipes.lab.grid $(ARGS)
+
 test: .venv/.dev-installed
 	$(BIN)/python -m pytest $(ARGS)
 
@@ -55,6 +64,14 @@ lint: .venv/.dev-installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy purified_opsd_trl
 
+# The extra `docs`, without what the package itself needs: its sources are read, not imported
+.venv/.docs-installed: $(PINS)
+	.ci/install mkdocstrings-python zensical
+	@touch $@
+
+docs: .venv/.docs-installed
+	$(BIN)/zensical build --clean --strict --config-file docs/zensical.toml
+
 clean:
-	rm -rf .venv .cache outputs build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf docs/site docs/.cache .venv .cache outputs build dist .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
