@@ -15,6 +15,8 @@ import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
 from trl import DatasetMixtureConfig, ModelConfig
+from trl.experimental.sdft import SDFTConfig
+from trl.trainer.base_config import _BaseConfig
 
 from purified_opsd_trl import PurifiedOPSDConfig, bench, diagnose, evaluate
 from purified_opsd_trl.train import PurifiedOPSDScriptArguments, check_unknown_keys, make_parser
@@ -171,6 +173,31 @@ def test_settings_exist(page: Path, small_settings: None) -> None:
         assert set(settings) <= known, f"{page.name}, line {line}: no such settings: {set(settings) - known}"
         ours = {field.name for field in dataclasses.fields(PurifiedOPSDConfig)} & set(settings)
         PurifiedOPSDConfig(**{"output_dir": "unused", **{name: settings[name] for name in ours}})
+
+
+def _keys(cell: str) -> set[str]:
+    """Settings named in a table cell: `key`, `key: value`, but no `{placeholder}` and no value."""
+    spans = re.findall(r"`([^`]+)`", cell)
+    return {span.split(":")[0] for span in spans if re.fullmatch(r"[a-z][a-z_0-9*]+(: \S+)?", span)}
+
+
+def test_migrating_from_sdft_names_every_key() -> None:
+    page = (ROOT / "docs" / "migrating.md").read_text(encoding="utf-8")
+    section = page.split("## From TRL `experimental.sdft`")[1].split("```")[0]
+    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")][2:]
+    theirs = {field.name for field in dataclasses.fields(SDFTConfig)}
+    own = theirs - {field.name for field in dataclasses.fields(_BaseConfig)}
+    ours = {field.name for field in dataclasses.fields(PurifiedOPSDConfig)}
+    named: set[str] = set()
+    for left, right, *_ in rows:
+        keys = set() if "column" in left else _keys(left)
+        keys |= {name for name in own for key in keys if key.endswith("*") and name.startswith(key[:-1])}
+        keys = {key for key in keys if not key.endswith("*")}
+        assert keys <= theirs, f"SDFTConfig has no {keys - theirs}"
+        counterparts = keys if "the same" in right else _keys(right) - {"reference"}
+        assert counterparts <= ours, f"PurifiedOPSDConfig has no {counterparts - ours}"
+        named |= keys
+    assert own <= named, f"docs/migrating.md does not say what becomes of {own - named}"
 
 
 # Every message has an entry ------------------------------------------------------------------------------------------
