@@ -3,6 +3,7 @@
 import argparse
 import ast
 import dataclasses
+import importlib
 import json
 import re
 import shlex
@@ -18,7 +19,7 @@ from trl import DatasetMixtureConfig, ModelConfig
 from trl.experimental.sdft import SDFTConfig
 from trl.trainer.base_config import _BaseConfig
 
-from purified_opsd_trl import PurifiedOPSDConfig, bench, diagnose, evaluate
+from purified_opsd_trl import PurifiedOPSDConfig, diagnose, evaluate
 from purified_opsd_trl.train import PurifiedOPSDScriptArguments, check_unknown_keys, make_parser
 
 from .conftest import read_rows
@@ -119,7 +120,7 @@ def _purified_opsd(words: list[str]) -> None:
     if command == "train":
         _train(rest)
     elif command == "bench":
-        {"loss": bench.loss, "step": bench.step}[rest[0]].make_parser().parse_args(rest[1:])
+        importlib.import_module(f"purified_opsd_trl.bench.{rest[0]}").make_parser().parse_args(rest[1:])
     else:
         {"diagnose": diagnose.run, "evaluate": evaluate.arguments}[command].make_parser().parse_args(rest)
 
