@@ -4,14 +4,16 @@ Steps of the trainer on this CPU beside what `simulate_step.py` says of them.
     python recipes/measure_step.py                        # two random models
     python recipes/measure_step.py --demo .cache/smollm2-135m-instruct   # and the demo's (`make demo` fetches it)
 
-One thread, CPU time (so that other work on the machine disturbs less), generation by transformers. The machine's rates are
-measured first: matrix products of the model's shapes, reading of memory, and what a layer costs for one token.
+One thread, CPU time (so that other work on the machine disturbs less), generation by transformers. The machine's rates
+are measured: matrix products as wide as the model's, reading of memory. Two numbers are fitted to the first step: what
+a layer costs in a decoding step beside that, and the share of the product rate that a forward reaches. The other steps
+are predictions.
 """
 
 import argparse
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +62,22 @@ def rates(model: Model) -> Machine:
     flops = 2 * 512 * model.hidden * model.intermediate / _median(lambda: a @ b)
     memory = torch.randn(64 * 2**20)
     bandwidth = 4 * memory.numel() / _median(memory.sum)
-    vector, layer = torch.randn(1, 64), torch.randn(64, 64)
-    overhead = 40 * _median(lambda: vector @ layer)  # a decoder layer is about forty small operations
     return Machine(
-        gpus=1, flops=flops, utilisation=1.0, bandwidth=bandwidth, decode_utilisation=1.0, overhead=overhead,
+        gpus=1,
+        flops=flops,
+        utilisation=1.0,
+        bandwidth=bandwidth,
+        decode_utilisation=1.0,
+        overhead=0.0,
         bytes_per_weight=4,
-    )  # fmt: skip
+    )
+
+
+def fit(model: Model, step: Step, machine: Machine, measured: dict[str, float]) -> tuple[float, float]:
+    """Overhead of a layer, in seconds, and utilisation, from one measured step."""
+    costs = {cost.name: cost for cost in simulate(model, step, machine)}
+    overhead = (measured["generation"] - costs["generation"].seconds) / (step.completion * model.layers)
+    return max(overhead, 0.0), costs["scoring"].flops / (machine.flops * measured["scoring"])
 
 
 def _median(function: Any, repetitions: int = 15) -> float:
@@ -131,11 +143,17 @@ def main() -> None:
     points += [Point("wide", wide, 64, 256, 64), Point("wide, long reference", wide, 64, 1024, 64)]
     if demo is not None:
         points.append(Point("SmolLM2-135M", demo, 64, 128, 32))
+    fitted: tuple[float, float] | None = None
     print("| step | phase | measured, s | simulated, s | simulated / measured |\n|---|---|---|---|---|")
     for point in points:
         model = read_model(str(point.model))
+        machine = rates(model)
         measured, step = run(point)
-        costs = {cost.name: cost.seconds for cost in simulate(model, step, rates(model))}
+        if fitted is None:
+            fitted = fit(model, step, machine, measured)
+            print(f"(fitted: {fitted[0] * 1e3:.2f} ms a layer and decoding step, utilisation {fitted[1]:.2f})")
+        machine = replace(machine, overhead=fitted[0], utilisation=fitted[1])
+        costs = {cost.name: cost.seconds for cost in simulate(model, step, machine)}
         simulated = {name: costs[name] for name in ("generation", "scoring")}
         simulated["student + loss"] = costs["student"] + costs["loss"]
         measured["step"], simulated["step"] = sum(measured.values()), sum(simulated.values())
