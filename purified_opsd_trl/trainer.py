@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import is_peft_model
 from datasets import IterableDataset
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from trl import DistillationTrainer
@@ -30,6 +31,7 @@ from .metrics import TokenMeans, loss_sums, reduce_loss_sums, scoring_metrics
 from .monitors import DecompositionMonitor, EpistemicMonitor
 from .purification import purified_target_logits
 from .report import ReportCallback
+from .rollout import merge_without_drift, reserve_vllm_length
 from .scoring import TeacherScores, TeacherScoringCallback
 
 
@@ -139,6 +141,10 @@ class PurifiedOPSDTrainer(WholeCheckpoints, DistillationTrainer):
         for name, dataset in _named_datasets(train_dataset, eval_dataset):
             check_columns(dataset, name, args.reference_column)  # before the model is loaded
 
+        self.args = args  # `build_contexts` reads it
+        reserve_vllm_length(
+            args, model, processing_class, _named_datasets(train_dataset, eval_dataset), self.build_contexts, tools
+        )
         self.scoring_callback = scoring_callback or TeacherScoringCallback()
         super().__init__(
             model=model,
@@ -153,6 +159,8 @@ class PurifiedOPSDTrainer(WholeCheckpoints, DistillationTrainer):
             peft_config=peft_config,
             tools=tools,
         )
+        if args.use_vllm and is_peft_model(self.model):
+            merge_without_drift(self.vllm_generation)
         self.purification_collator = purification_collator or PurificationCollator(
             pad_token_id=self._tokenizer.pad_token_id,
             max_sequences=args.scoring_batch_size or args.per_device_train_batch_size,

@@ -258,6 +258,27 @@ def test_the_per_token_table_reaches_wandb(
     assert len(content["data"]) == 6 and "delta_it" in content["columns"]
 
 
+def test_trackio_gets_the_numbers_and_the_table(
+    build: Build,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    pytest.importorskip("trackio", reason="trackio is not installed")
+    trainer = build(
+        max_steps=1, log_completions=True, decomposition_max_tokens=6, report_to="trackio", run_name="one", project="p"
+    )
+    trainer.train()
+    from trackio.sqlite_storage import SQLiteStorage
+
+    logs = SQLiteStorage.get_logs("p", "one")
+    logged = trainer.state.log_history[0]
+    numbers = {name: value for entry in logs for name, value in entry.items()}
+    for name in ("purification/mass_cos_total_ref", "epistemic/total_per_1k"):
+        assert numbers[f"train/{name}"] == pytest.approx(logged[name], rel=1e-6)
+    assert "token_decomposition" in numbers
+
+
 # Markers -----------------------------------------------------------------------------------------------------------
 
 TRICKY = [

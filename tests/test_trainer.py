@@ -604,6 +604,12 @@ def test_a_trainable_head_beside_lora_keeps_the_frozen_one(build: Build) -> None
         ({"reference_prompt_template": "{question} {reference}"}, "`reference_prompt_template` must hold"),
         ({"teacher_model_kind": "live", "teacher_model_name_or_path": "x"}, "cannot be combined"),
         ({"loss_chunk_size": 0}, "`loss_chunk_size` must be positive"),
+        ({"decomposition_steps": -1}, "`decomposition_steps` must not be negative"),
+        ({"decomposition_max_tokens": 0}, "`decomposition_max_tokens` must be at least 1"),
+        ({"epistemic_window": 0}, "`epistemic_window` must be at least 1"),
+        ({"epistemic_band": 1.0}, "`epistemic_band` is a factor above 1"),
+        ({"epistemic_markers": ["wait", " "]}, "`epistemic_markers` must list at least one word"),
+        ({"epistemic_guard": "halt"}, "`epistemic_guard` must be one of warn, stop, ignore, got 'halt'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from .jobs import PROBE, Job, job_name
+from .jobs import PROBE, Job, job_name, run
 from .worlds import BACKENDS, World
 
 
@@ -130,6 +130,22 @@ def test_rows_of_very_different_length_neither_hang_nor_change_the_loss(
     # the second process scores a few short rows where the first scores long ones, and has one token where it has eight
     job = skewed(*cell)
     assert_same_losses(alone(job), world_of(together, backend, cells).figures(job.name))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("backend", SHARDED)
+def test_a_head_that_is_the_embedding(make_model_dir: Callable[..., Path], tmp_path: Path, backend: str) -> None:
+    # One weight, sharded once, with the gradients of both of its uses
+    tied, job = make_model_dir(tied=True), parity("base", False)
+    figures = World(backend, [job], tied, tmp_path / backend).start().wait().figures(job.name)
+    expected = run(job, str(tied), tmp_path / "alone" / job.name, 1)
+    assert_same_losses(expected, figures)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / backend / job.name / "saved", dtype="float32")
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    with torch.no_grad():
+        logits = model.eval()(input_ids=PROBE).logits.flatten()
+    torch.testing.assert_close(torch.tensor(figures[0]["logits"]), logits, rtol=0.0, atol=1e-5)
+    torch.testing.assert_close(torch.tensor(expected["logits"]), logits, rtol=0.0, atol=1e-3)
 
 
 STATE = ("weights", "optimizer_state", "ema", "rng", "lr")

@@ -16,7 +16,7 @@ from purified_opsd_trl.checkpoints import is_whole, last_whole_checkpoint
 from purified_opsd_trl.train import check_checkpoint
 
 from .jobs import rows
-from .worlds import ROOT, WATCHDOG
+from .worlds import ROOT, STARTUP, WATCHDOG
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,12 @@ def test_two_processes_from_the_command_line_resume(model_dir: Path, tmp_path: P
     def start(*further: str) -> str:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
-            [*command, *further], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=2 * WATCHDOG
+            [*command, *further],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=STARTUP + 2 * WATCHDOG,
         )
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout

@@ -19,6 +19,7 @@ from .jobs import Job
 
 ROOT = Path(__file__).parents[2]
 WATCHDOG = 120  # seconds that a job may take
+STARTUP = 120  # seconds that the imports may take on a busy machine
 BACKENDS = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 EXPECTED_TYPE = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "zero1": "DEEPSPEED", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
 
@@ -111,7 +112,7 @@ class World:
 
     def wait(self) -> "World":
         """Waits for all; one that fails, or jobs that take longer than the watchdog allows, fail the test."""
-        seconds = WATCHDOG * len(self.jobs)
+        seconds = STARTUP + WATCHDOG * len(self.jobs)
         deadline = time.monotonic() + seconds
         while any(p.poll() is None for p in self.processes):
             failed = any(p.poll() not in (None, 0) for p in self.processes)
@@ -125,7 +126,7 @@ class World:
 
     def wait_for_death(self) -> "World":
         """Waits until a process has killed itself, then kills the others, which wait for it."""
-        deadline = time.monotonic() + WATCHDOG
+        deadline = time.monotonic() + STARTUP + WATCHDOG
         while not any(p.poll() == -signal.SIGKILL for p in self.processes):
             if time.monotonic() > deadline or any(p.poll() is not None for p in self.processes):
                 self.kill()

@@ -1,0 +1,154 @@
+"""
+What TRL's vLLM rollout needs to serve a self-teacher: room for the longest prompt, and a base that stays as it is.
+
+Everything else about vLLM is TRL's (`trl.generation.vllm_generation`).
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from datasets import IterableDataset
+from jinja2 import TemplateError
+from transformers import AutoTokenizer
+from trl.trainer.utils import get_config_model_id
+
+from .config import PurifiedOPSDConfig
+from .contexts import Contexts, Prompt
+from .dataset import AnyDataset
+from .errors import InputError
+
+
+logger = logging.getLogger(__name__)
+
+_READ_ROWS = 1000  # rows tokenized at once: enough to feed the tokenizer's threads
+
+
+def reserve_vllm_length(
+    args: PurifiedOPSDConfig,
+    model: Any,
+    processing_class: Any,
+    datasets: Iterable[tuple[str, AnyDataset]],
+    build_contexts: Callable[[Mapping[str, Any]], Contexts],
+    tools: list[Any] | None,
+) -> None:
+    """
+    Sets an unset `args.vllm_max_model_length` to the longest prompt of the data plus `max_completion_length`.
+
+    Left unset, a colocated vLLM needs memory for a sequence as long as the model's whole context (40,960 tokens for
+    Qwen3), or refuses to start. TRL reads the value when it starts vLLM.
+
+    Args:
+        args ([`PurifiedOPSDConfig`]):
+            Configuration, changed in place.
+        model (`str` or [`~transformers.PreTrainedModel`]):
+            The student, whose tokenizer is loaded if none is given.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer.
+        datasets (`Iterable[tuple[str, Dataset]]`):
+            Names and data sets. With a streamed one the length stays unset, and a warning says so; as it does where a
+            row cannot be used, which the check of the data set will name.
+        build_contexts (`Callable[[Mapping], Contexts]`):
+            Row to contexts.
+        tools (`list`, *optional*):
+            Tools that the prompts describe.
+    """
+    if not args.use_vllm or args.vllm_mode != "colocate" or args.vllm_max_model_length is not None:
+        return
+    if processing_class is None:
+        processing_class = AutoTokenizer.from_pretrained(
+            model if isinstance(model, str) else get_config_model_id(model.config),
+            revision=dict(args.model_init_kwargs or {}).get("revision"),  # type: ignore[arg-type]  # no longer JSON text
+            trust_remote_code=args.trust_remote_code,
+        )
+    longest = 0
+    for name, dataset in datasets:
+        if isinstance(dataset, IterableDataset):
+            logger.warning(
+                "%s is streamed, so its longest prompt is unknown and vLLM reserves memory for the model's whole "
+                "context. Set `vllm_max_model_length` to the longest prompt plus `max_completion_length`.",
+                name,
+            )
+            return
+        for start in range(0, len(dataset), _READ_ROWS):
+            rows = (dataset[i] for i in range(start, min(start + _READ_ROWS, len(dataset))))
+            try:
+                prompts = [build_contexts(row).question for row in rows]
+                longest = max(longest, *map(len, _tokenize(prompts, processing_class, args, tools)))
+            except (InputError, TemplateError, ValueError):
+                return
+    args.vllm_max_model_length = longest + int(args.max_completion_length or 0)
+
+
+def _tokenize(prompts: list[Prompt], tokenizer: Any, args: PurifiedOPSDConfig, tools: list[Any] | None) -> Any:
+    """Token ids of prompts as TRL's rollout renders them."""
+    if isinstance(prompts[0], str):
+        return tokenizer(text=prompts)["input_ids"]
+    return tokenizer.apply_chat_template(
+        prompts,
+        tools=tools or None,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=False,
+        **dict(args.chat_template_kwargs or {}),  # type: ignore[arg-type]
+    )
+
+
+def merge_without_drift(generation: Any) -> None:
+    """
+    Makes the weight sync of a LoRA student leave the base weights bit for bit as they are.
+
+    TRL adds the adapter to every base weight in place, sends the sums, and subtracts it again, which rounds: the base,
+    our frozen teacher, would move a little at every sync, and a resumed run would not equal an uninterrupted one. Here
+    one layer at a time is merged, sent and put back, at the cost of one layer's weight in memory.
+
+    Args:
+        generation ([`~trl.generation.vllm_generation.VLLMGeneration`]):
+            Generation back end of a trainer whose model is a [`~peft.PeftModel`].
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    original = generation._iter_named_params
+
+    def iterate() -> Iterator[tuple[str, torch.Tensor]]:
+        model = generation.model
+        layers = {
+            generation._fix_param_name_to_vllm(f"{name.removeprefix('base_model.model.')}.weight"): module
+            for name, module in model.named_modules()
+            if isinstance(module, BaseTunerLayer) and hasattr(module, "merge")
+        }
+        with _without_merging(model):
+            for name, weight in original():
+                if name in layers:
+                    with _merged(layers[name]) as weight:
+                        yield name, weight
+                else:
+                    yield name, weight
+
+    generation._iter_named_params = iterate
+
+
+@contextmanager
+def _without_merging(model: Any) -> Iterator[None]:
+    """TRL's own merging of the whole model does nothing."""
+    model.merge_adapter = model.unmerge_adapter = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        del model.merge_adapter, model.unmerge_adapter
+
+
+@contextmanager
+def _merged(layer: Any) -> Iterator[torch.Tensor]:
+    """The whole weight of one layer with its adapter; afterwards the base weight is the very one it was."""
+    base = layer.get_base_layer().weight
+    kept = base.data.clone()
+    layer.merge()
+    try:
+        merged = layer.get_base_layer().weight
+        yield merged.full_tensor() if hasattr(merged, "full_tensor") else merged.data
+    finally:
+        layer.unmerge()
+        base.data.copy_(kept)

@@ -1,0 +1,341 @@
+"""
+What one optimizer step costs, and where the time goes, before it is run. Arithmetic only: no GPU, no model weights.
+
+    python recipes/simulate_step.py --model Qwen/Qwen3-8B --gpus 8 --flops 989e12 --bandwidth 3.35e12 --link 400e9 \
+        --sharded --references 512 4096 16384
+
+`--model` is a folder or hub id (its config is read), or one of `PRESETS`. The formulas, and how far they were from
+measured steps, are in docs/scaling.md.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+
+
+@dataclass(frozen=True)
+class Model:
+    """
+    Dimensions of a decoder.
+
+    Attributes:
+        layers, hidden, heads, kv_heads, head_dim, intermediate, vocab (`int`):
+            As in its config.
+        tied (`bool`):
+            Whether the head is the embedding.
+    """
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    tied: bool = False
+
+    @property
+    def body(self) -> int:
+        """Weights of the linear layers, each of which costs 2 FLOPs a token and forward."""
+        attention = 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
+        return self.layers * (attention + 3 * self.hidden * self.intermediate)
+
+    @property
+    def head(self) -> int:
+        """Weights of the output head."""
+        return self.hidden * self.vocab
+
+    @property
+    def weights(self) -> int:
+        """All weights (norms are left out)."""
+        return self.body + self.head * (1 if self.tied else 2)
+
+    @property
+    def kv_per_token(self) -> int:
+        """Numbers that the KV cache holds for a token."""
+        return 2 * self.layers * self.kv_heads * self.head_dim
+
+    def forward(self, length: int) -> float:
+        """FLOPs of a forward of the body over one sequence; causal attention counts half its square."""
+        return 2.0 * self.body * length + 2.0 * self.layers * self.heads * self.head_dim * length**2
+
+
+PRESETS = {
+    "Qwen/Qwen3-0.6B": Model(28, 1024, 16, 8, 128, 3072, 151936, tied=True),
+    "Qwen/Qwen3-1.7B": Model(28, 2048, 16, 8, 128, 6144, 151936, tied=True),
+    "Qwen/Qwen3-4B": Model(36, 2560, 32, 8, 128, 9728, 151936, tied=True),
+    "Qwen/Qwen3-8B": Model(36, 4096, 32, 8, 128, 12288, 151936),
+    "Qwen/Qwen3-32B": Model(64, 5120, 64, 8, 128, 25600, 151936),
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """
+    What a step does.
+
+    Attributes:
+        rows (`int`):
+            Global batch: completions of a step.
+        question, reference, completion (`int`):
+            Tokens of each; templates included.
+        target (`str`):
+            `"purified"` (three scoring forwards) or `"teacher"` (one).
+        lora (`bool`):
+            Whether only an adapter is trained: no gradient of the base weights is formed.
+        checkpointing (`bool`):
+            Whether the backward recomputes the forward.
+        trainable_head (`bool`):
+            Whether the head has a gradient.
+        shared_prefix (`bool`):
+            Whether the reference comes first and is scored once for both contexts that hold it.
+        micro_batch (`int`):
+            Rows of a student forward on one GPU.
+        scoring_batch (`int`):
+            Sequences of a scoring forward on one GPU.
+    """
+
+    rows: int = 32
+    question: int = 256
+    reference: int = 2048
+    completion: int = 1024
+    target: str = "purified"
+    lora: bool = True
+    checkpointing: bool = True
+    trainable_head: bool = False
+    shared_prefix: bool = False
+    micro_batch: int = 4
+    scoring_batch: int = 4
+
+
+@dataclass(frozen=True)
+class Machine:
+    """
+    What it runs on.
+
+    Attributes:
+        gpus (`int`):
+            Processes, one GPU each.
+        flops (`float`):
+            Peak matrix-product rate of a GPU in FLOP/s.
+        utilisation (`float`):
+            Share of it that training and scoring reach.
+        bandwidth (`float`):
+            Memory bandwidth of a GPU in bytes/s, of which decoding reaches `decode_utilisation`.
+        decode_utilisation (`float`):
+            See `bandwidth`.
+        link (`float`):
+            Bytes/s at which a GPU receives the others' shards.
+        bytes_per_weight (`int`):
+            2 in bf16, 4 in fp32.
+        overhead (`float`):
+            Seconds that a layer costs in a forward however little it computes (kernel launches).
+        sharded (`bool`):
+            ZeRO-3 or FSDP2: every forward and backward gathers the weights.
+        tensor_parallel (`int`):
+            GPUs that share one vLLM engine.
+        generation_gpus (`int`):
+            GPUs of vLLM servers; 0: vLLM shares the training GPUs.
+    """
+
+    gpus: int = 8
+    flops: float = 989e12
+    utilisation: float = 0.4
+    bandwidth: float = 3.35e12
+    decode_utilisation: float = 0.6
+    link: float = 400e9
+    bytes_per_weight: int = 2
+    overhead: float = 20e-6
+    sharded: bool = False
+    tensor_parallel: int = 1
+    generation_gpus: int = 0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """
+    One phase, for the busiest GPU.
+
+    Attributes:
+        name (`str`):
+            Phase.
+        tokens (`float`):
+            Tokens that pass through it on this GPU.
+        flops (`float`):
+            Floating-point operations on this GPU.
+        bytes (`float`):
+            Bytes read from memory (generation) or received from other GPUs (the rest).
+        seconds (`float`):
+            Time.
+    """
+
+    name: str
+    tokens: float
+    flops: float
+    bytes: float
+    seconds: float
+
+
+def simulate(model: Model, step: Step, machine: Machine) -> list[Cost]:
+    """
+    Costs of a step, phase by phase; phases follow one another.
+
+    Args:
+        model ([`Model`]):
+            The student, which is its own teacher.
+        step ([`Step`]):
+            What it does.
+        machine ([`Machine`]):
+            What it runs on.
+
+    Returns:
+        `list[Cost]`: generation, scoring, student, loss, weight sync.
+    """
+    rows = -(-step.rows // machine.gpus)  # of the busiest GPU
+    return [
+        _generation(model, step, machine, -(-step.rows // (machine.generation_gpus or machine.gpus))),
+        _scoring(model, step, machine, rows),
+        _student(model, step, machine, rows),
+        _loss(model, step, machine, rows),
+        _sync(model, machine),
+    ]
+
+
+def _generation(model: Model, step: Step, machine: Machine, rows: int) -> Cost:
+    q, c = step.question, step.completion
+    # A GPU of an engine holds a share of the weights, and the cache of as many rows as without sharing
+    weights = (model.body + model.head) * machine.bytes_per_weight / machine.tensor_parallel
+    cache = rows * (q + c / 2) * model.kv_per_token * machine.bytes_per_weight  # read at the average position
+    decode_flops = rows * (model.forward(q + c) - model.forward(q) + 2.0 * model.head * c)
+    flops = rows * model.forward(q) + decode_flops
+    read = c * (weights + cache)
+    # A decoding step is bound by what it reads or by what it computes, and by its launches
+    decode = max(
+        read / (machine.bandwidth * machine.decode_utilisation), decode_flops / (machine.flops * machine.utilisation)
+    )
+    seconds = decode + c * model.layers * machine.overhead + _compute(rows * model.forward(q), machine)
+    return Cost("generation", rows * (q + c), flops, read, seconds)
+
+
+def _scoring(model: Model, step: Step, machine: Machine, rows: int) -> Cost:
+    q, r, c = step.question, step.reference, step.completion
+    lengths = [q + r + c] if step.target == "teacher" else [q + r + c, r + c, q + c]
+    flops, tokens = sum(map(model.forward, lengths)), sum(lengths)
+    if step.shared_prefix and step.target == "purified":
+        flops, tokens = flops - model.forward(r), tokens - r
+    forwards = -(-rows * len(lengths) // step.scoring_batch)
+    return _passes("scoring", model, machine, rows * tokens, rows * flops, forwards)
+
+
+def _student(model: Model, step: Step, machine: Machine, rows: int) -> Cost:
+    length = step.question + step.completion
+    # Backward: gradients of activations, and of weights unless the base is frozen; recomputation is one forward more
+    passes = 1 + (1 if step.lora else 2) + (1 if step.checkpointing else 0)
+    gathers = 2 + (1 if step.checkpointing else 0)
+    forwards = -(-rows // step.micro_batch) * gathers
+    cost = _passes("student", model, machine, rows * length, passes * rows * model.forward(length), forwards)
+    if step.lora or machine.gpus == 1:
+        return cost
+    reduced = 2.0 * model.weights * machine.bytes_per_weight  # gradients of all weights, summed over the GPUs
+    return replace(cost, bytes=cost.bytes + reduced, seconds=cost.seconds + reduced / machine.link)
+
+
+def _passes(name: str, model: Model, machine: Machine, tokens: float, flops: float, forwards: int) -> Cost:
+    gathered = 0.0
+    if machine.sharded and machine.gpus > 1:
+        gathered = forwards * model.weights * machine.bytes_per_weight * (machine.gpus - 1) / machine.gpus
+    seconds = _compute(flops, machine) + forwards * model.layers * machine.overhead
+    # Gathering overlaps with computing: the longer of the two counts
+    return Cost(name, tokens, flops, gathered, max(seconds, gathered / machine.link))
+
+
+def _loss(model: Model, step: Step, machine: Machine, rows: int) -> Cost:
+    # Products with the head: the student's, the target's one (plain) or two (purified), one for the hidden states'
+    # gradient, and one more for the head's own
+    products = (4 if step.target == "purified" else 3) + (1 if step.trainable_head else 0)
+    tokens = rows * step.completion
+    flops = 2.0 * products * model.head * tokens
+    return Cost("loss", tokens, flops, 0.0, _compute(flops, machine))
+
+
+def _sync(model: Model, machine: Machine) -> Cost:
+    moved = model.weights * machine.bytes_per_weight
+    # vLLM's copy is read and written once; sharded weights are gathered first
+    seconds = 2 * moved / machine.bandwidth + (moved / machine.link if machine.sharded and machine.gpus > 1 else 0.0)
+    return Cost("weight sync", 0, 0.0, moved, seconds)
+
+
+def _compute(flops: float, machine: Machine) -> float:
+    return flops / (machine.flops * machine.utilisation)
+
+
+def read_model(name: str) -> Model:
+    """
+    Dimensions by preset, folder or hub id.
+
+    Args:
+        name (`str`):
+            A key of `PRESETS`, or what `AutoConfig` reads.
+
+    Returns:
+        [`Model`]
+    """
+    if name in PRESETS:
+        return PRESETS[name]
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(name).get_text_config()
+    heads = config.num_attention_heads
+    return Model(
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        intermediate=config.intermediate_size,
+        vocab=config.vocab_size,
+        tied=bool(config.tie_word_embeddings),
+    )
+
+
+def table(costs: Sequence[Cost]) -> str:
+    """Markdown table of phases."""
+    total = sum(cost.seconds for cost in costs)
+    lines = ["| phase | tokens / GPU | TFLOP / GPU | GB | seconds | share |", "|---|---|---|---|---|---|"]
+    for cost in [*costs, Cost("step", 0, sum(c.flops for c in costs), 0.0, total)]:
+        tokens = f"{cost.tokens:,.0f}" if cost.tokens else ""
+        gigabytes = f"{cost.bytes / 1e9:,.1f}" if cost.bytes else ""
+        lines.append(
+            f"| {cost.name} | {tokens} | {cost.flops / 1e12:,.3g} | {gigabytes} | {cost.seconds:,.3g} | "
+            f"{cost.seconds / total:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+def _add_fields(parser: argparse.ArgumentParser, kind: type) -> None:
+    for field in fields(kind):
+        option = f"--{field.name}"
+        if isinstance(field.default, bool):
+            parser.add_argument(option, action=argparse.BooleanOptionalAction, default=field.default)
+        else:
+            parser.add_argument(option, type=type(field.default), default=field.default)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints a table for each reference length."""
+    parser = argparse.ArgumentParser(description="What one optimizer step costs (estimate).")
+    parser.add_argument("--model", default="Qwen/Qwen3-8B", help=f"Folder, hub id, or of {', '.join(PRESETS)}.")
+    parser.add_argument("--references", type=int, nargs="+", default=[512, 4096, 16384], help="Tokens.")
+    _add_fields(parser, Step)
+    _add_fields(parser, Machine)
+    values = vars(parser.parse_args(argv))
+    model = read_model(values["model"])
+    step = Step(**{name: values[name] for name in asdict(Step())})
+    machine = Machine(**{name: values[name] for name in asdict(Machine())})
+    for reference in values["references"]:
+        print(f"\nReference of {reference:,} tokens on {machine.gpus} GPUs (estimate)\n")
+        print(table(simulate(model, replace(step, reference=reference), machine)))
+
+
+if __name__ == "__main__":
+    main()

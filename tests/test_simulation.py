@@ -1,0 +1,140 @@
+"""The step simulator: what it counts against real models and torch's own count."""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+
+FILE = Path(__file__).parents[1] / "recipes" / "simulate_step.py"
+
+
+@pytest.fixture(scope="module")
+def simulation() -> ModuleType:
+    import sys
+
+    spec = importlib.util.spec_from_file_location("simulate_step", FILE)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["simulate_step"] = module  # its dataclasses look themselves up
+    spec.loader.exec_module(module)
+    return module
+
+
+def counted(model: Any, length: int, backward: bool = False) -> int:
+    ids = torch.randint(0, model.config.vocab_size, (1, length))
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
+        output = model(input_ids=ids, use_cache=False)
+        if backward:
+            output.logits.sum().backward()
+    return counter.get_total_flops()
+
+
+def full_attention(model: Any, length: int) -> int:
+    """FLOPs that torch counts for the half of the square above the diagonal."""
+    return 2 * model.layers * model.heads * model.head_dim * length**2
+
+
+def rotary(model: Any, length: int) -> int:
+    """FLOPs of the angles, a product of positions and frequencies."""
+    return model.head_dim * length
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_and_forward_flops(simulation: ModuleType, make_model_dir: Any, tied: bool) -> None:
+    folder = make_model_dir(tied=tied)
+    dimensions = simulation.read_model(str(folder))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", attn_implementation="eager")
+    matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2)
+    assert dimensions.weights == matrices
+    for length in (7, 32):
+        expected = dimensions.forward(length) + full_attention(dimensions, length) + 2 * dimensions.head * length
+        assert counted(model, length) == expected + rotary(dimensions, length)
+
+
+def test_passes_of_a_student_step(simulation: ModuleType, make_model_dir: Any) -> None:
+    # Of a full step: one forward, and twice as much backward; the head, which the loss pays for, set apart
+    folder = make_model_dir()
+    dimensions = simulation.read_model(str(folder))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", attn_implementation="eager")
+    head = 2 * dimensions.head * 32
+    body = dimensions.forward(32) + full_attention(dimensions, 32)
+    assert counted(model, 32, backward=True) == 3 * (body + head) + rotary(dimensions, 32)
+    step = simulation.Step(rows=1, question=16, completion=16, lora=False, checkpointing=False)
+    costs = {cost.name: cost for cost in simulation.simulate(dimensions, step, simulation.Machine(gpus=1))}
+    assert costs["student"].flops == 3 * dimensions.forward(32)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("0.6B", 0.596), ("1.7B", 1.72), ("4B", 4.02), ("8B", 8.19), ("32B", 32.8)],
+)
+def test_presets_have_the_published_sizes(simulation: ModuleType, name: str, billions: float) -> None:
+    assert simulation.PRESETS[f"Qwen/Qwen3-{name}"].weights == pytest.approx(billions * 1e9, rel=0.01)
+
+
+def test_a_preset_equals_a_model_of_its_config(simulation: ModuleType) -> None:
+    preset = simulation.PRESETS["Qwen/Qwen3-0.6B"]
+    config = AutoConfig.for_model(
+        "qwen3",
+        **{"num_hidden_layers": preset.layers, "hidden_size": preset.hidden, "num_attention_heads": preset.heads},
+        **{"num_key_value_heads": preset.kv_heads, "head_dim": preset.head_dim, "vocab_size": preset.vocab},
+        **{"intermediate_size": preset.intermediate, "tie_word_embeddings": preset.tied},
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert preset.weights == sum(p.numel() for p in model.parameters() if p.ndim == 2)
+
+
+def test_phases_follow_their_definitions(simulation: ModuleType) -> None:
+    model = simulation.PRESETS["Qwen/Qwen3-8B"]
+    machine = simulation.Machine(gpus=8)
+    step = simulation.Step(reference=4096)
+
+    def costs(**changes: Any) -> dict[str, Any]:
+        changed = dataclasses.replace(step, **changes)
+        return {cost.name: cost for cost in simulation.simulate(model, changed, machine)}
+
+    purified, plain, shared = costs(), costs(target="teacher"), costs(shared_prefix=True)
+    # Two forwards fewer, and one product with the head fewer of four
+    assert purified["scoring"].flops - plain["scoring"].flops == 4 * (
+        model.forward(4096 + 1024) + model.forward(256 + 1024)
+    )
+    assert plain["loss"].flops == 0.75 * purified["loss"].flops
+    assert purified["loss"].flops == 4 * 2 * 4096 * 151936 * 4 * 1024
+    assert purified["scoring"].flops - shared["scoring"].flops == 4 * model.forward(4096)
+    assert purified["generation"] == plain["generation"]
+    # Each decoded token reads the weights once, whatever the number of rows
+    tokens = 1024 * (model.body + model.head) * 2
+    cache = 1024 * 4 * (256 + 512) * 2 * 36 * 8 * 128 * 2
+    assert purified["generation"].bytes == tokens + cache
+
+
+def test_sharding_and_gpus(simulation: ModuleType) -> None:
+    model = simulation.PRESETS["Qwen/Qwen3-8B"]
+
+    def seconds(**changes: Any) -> dict[str, float]:
+        machine = simulation.Machine(**changes)
+        return {cost.name: cost.seconds for cost in simulation.simulate(model, simulation.Step(), machine)}
+
+    one, eight, uneven = seconds(gpus=1), seconds(gpus=8), seconds(gpus=31)
+    assert eight["loss"] == pytest.approx(one["loss"] / 8)
+    assert uneven["loss"] == pytest.approx(one["loss"] / 16)  # 32 rows on 31 GPUs: one has two
+    slow_link = seconds(gpus=8, sharded=True, link=1e9)
+    assert slow_link["scoring"] == pytest.approx(3 * 2 * model.weights * 7 / 8 / 1e9)
+    assert seconds(gpus=8, tensor_parallel=8)["generation"] < 0.3 * eight["generation"]
+    assert seconds(gpus=8, generation_gpus=1)["generation"] > eight["generation"]
+
+
+def test_the_command_prints_a_table_for_each_reference(
+    simulation: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    simulation.main(["--model", "Qwen/Qwen3-4B", "--gpus", "2", "--references", "512", "4096", "--no-checkpointing"])
+    output = capsys.readouterr().out
+    assert output.count("| step |") == 2 and "Reference of 4,096 tokens on 2 GPUs" in output
