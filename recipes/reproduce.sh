@@ -4,7 +4,7 @@
 #
 #   recipes/reproduce.sh <model> <data>      e.g. recipes/reproduce.sh Qwen3-8B dasd
 #
-# Data and runs that are there already are not made again, and the evaluation goes on where it stopped. Paths are
+# Data and runs that are there already are not made again; training and evaluation go on where they stopped. Paths are
 # relative to the checkout. Read from the environment:
 #   DRY_RUN=1    print the commands, run nothing
 #   DATASET      hub id or folder to build the training data from; mathcot needs it
@@ -48,11 +48,13 @@ read -ra eval_args <<<"${EVAL_ARGS:-}"
 [ -f "$rows" ] || run python recipes/build_data.py "$data" --output "$rows" ${DATASET:+--dataset "$DATASET"}
 
 for method in opsd purified; do
-    target=purified
+    target=purified resume=()
     [ $method = purified ] || target=teacher
     run_dir=$output/$model-$method-$data
+    compgen -G "$run_dir/checkpoint-*" >/dev/null && resume=(--resume_from_checkpoint true)
     [ -f "$run_dir/adapter_model.safetensors" ] || run purified-opsd train --config "$config" \
-        --model_name_or_path "$weights" --dataset_name "$rows" --target $target --output_dir "$run_dir" "${train_args[@]}"
+        --model_name_or_path "$weights" --dataset_name "$rows" --target $target --output_dir "$run_dir" \
+        "${resume[@]}" "${train_args[@]}"
 done
 
 thinking=template # R1-Distill and Olmo-3-Think always think, Qwen3 has a switch

@@ -362,6 +362,19 @@ def test_what_reproduce_would_run_parses(
     assert compared[1:] == runs
 
 
+def test_reproduce_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    done, begun = tmp_path / "Qwen3-4B-opsd-dasd", tmp_path / "Qwen3-4B-purified-dasd"
+    for file in (tmp_path / "data/dasd_10k.jsonl", done / "adapter_model.safetensors", begun / "checkpoint-50/state"):
+        file.parent.mkdir(parents=True)
+        file.touch()
+    result = reproduce("Qwen3-4B", "dasd", DRY_RUN="1", OUTPUT=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    train, evaluate, compare = map(shlex.split, result.stdout.splitlines())
+    _, training, _, _ = parse(train[2:])
+    assert (training.target, training.resume_from_checkpoint) == ("purified", "true")
+    assert evaluate[2] == "--model" and compare[2] == "--compare"
+
+
 @pytest.mark.slow
 def test_reproduce_from_data_to_comparison(make_model_dir: Callable[..., Path], tmp_path: Path) -> None:
     folder = make_model_dir("qwen3", template="qwen3")
