@@ -1,0 +1,142 @@
+"""
+Table and figure of the lab's results.
+
+    python -m recipes.lab.figure [--results recipes/lab/results] [--output docs/img/lab.png]
+"""
+
+import argparse
+import json
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+
+RESULTS = Path(__file__).parent / "results"
+COLOURS = {"base": "#6b7280", "teacher": "#c2410c", "purified": "#1d4ed8"}
+NAMES = {"base": "base", "teacher": "OPSD", "purified": "purified OPSD"}
+
+
+def load(folder: Path) -> list[dict[str, Any]]:
+    """All results of a folder, in order of their names."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def spread(values: list[float], digits: int = 2) -> str:
+    """Mean, and standard deviation over runs where there are two or more."""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def setting(run: dict[str, Any]) -> str:
+    """What a run varies beside target and seeds, in words."""
+    parts = [run["world"], "rich reference" if run["rich"] else "answer only"]
+    parts += [f"beta {run['pmi_beta']:g}"] * (run["pmi_beta"] != 1.0) + [f"c {run['pmi_clip']:g}"] * (
+        run["pmi_clip"] != 10.0
+    )
+    parts += [f"{run['teacher']} teacher"] * (run["teacher"] != "base")
+    parts += [f"lag {run['lag']}"] * (run["lag"] != 0)
+    return ", ".join(parts)
+
+
+COLUMNS = (
+    ("accuracy", "sampled", "accuracy", 3),
+    ("greedy", "greedy", "accuracy", 3),
+    ("waits", "sampled", "waits", 2),
+    ("greedy waits", "greedy", "waits", 2),
+    ("P(wait, wrong)", "sampled", "wait_given_wrong", 2),
+    ("P(wait, right)", "sampled", "wait_given_right", 2),
+    ("repaired", "sampled", "repaired_given_wait", 2),
+    ("errors", "sampled", "error_rate", 2),
+    ("jumps", "sampled", "jumps", 2),
+)
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """One row a setting and target, at the last step; the bases' own rates first."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for result in results:
+        run, curve = result["run"], result["curve"]
+        groups[(setting(run), NAMES[run["target"]])].append(
+            {**curve[-1], "seed": run["seed"], "repeat": run["repeat"]}
+        )
+        base = {**curve[0], "seed": run["seed"], "repeat": 0}
+        # The base does not depend on target or repeat: once a seed
+        rows = groups[(run["world"], NAMES["base"])]
+        if all(row["seed"] != run["seed"] for row in rows):
+            rows.append(base)
+    lines = ["| setting | model | seeds x runs | " + " | ".join(name for name, *_ in COLUMNS) + " |"]
+    lines.append("|---" * (3 + len(COLUMNS)) + "|")
+    for (name, model), rows in sorted(groups.items(), key=lambda item: item[0]):
+        seeds = {row["seed"] for row in rows}
+        cells = [spread([row[decoding][key] for row in rows], digits) for _, decoding, key, digits in COLUMNS]
+        lines.append(f"| {name} | {model} | {len(seeds)} x {len(rows) / len(seeds):g} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+PANELS = (
+    ("sampled", "accuracy", "accuracy, temperature 1"),
+    ("greedy", "accuracy", "accuracy, greedy"),
+    ("sampled", "waits", "waits a response, temperature 1"),
+    ("sampled", "wait_given_wrong", "P(wait | wrong result), temperature 1"),
+)
+
+
+def draw(results: list[dict[str, Any]], path: Path) -> None:
+    """
+    Curves against steps: mean over runs as a line, lowest to highest run as a band. One row of panels a world.
+
+    Args:
+        results (`list[dict]`):
+            Results; only those with every setting at its default are drawn.
+        path (`Path`):
+            PNG to write.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    runs = {
+        world: [r for r in results if setting(r["run"]) == f"{world}, answer only"]
+        for world in sorted({r["run"]["world"] for r in results}, reverse=True)
+    }
+    runs = {world: found for world, found in runs.items() if found}
+    figure, axes = plt.subplots(
+        len(runs), len(PANELS), figsize=(12, 0.5 + 2.6 * len(runs)), layout="constrained", squeeze=False
+    )
+    for row, (world, found) in zip(axes, runs.items(), strict=True):
+        for axis, (decoding, key, title) in zip(row, PANELS, strict=True):
+            _draw_panel(axis, found, decoding, key)
+            axis.set_title(title, fontsize=9)
+        row[0].set_ylabel(f"{world} world")
+    for axis in axes[-1]:
+        axis.set_xlabel("step")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _draw_panel(axis: Any, runs: list[dict[str, Any]], decoding: str, key: str) -> None:
+    for target in ("teacher", "purified"):
+        curves = [r["curve"] for r in runs if r["run"]["target"] == target]
+        steps = [point["step"] for point in min(curves, key=len)]
+        values = [[curve[i][decoding][key] for curve in curves] for i in range(len(steps))]
+        axis.plot(steps, [*map(statistics.fmean, values)], color=COLOURS[target], label=NAMES[target], linewidth=2)
+        axis.fill_between(steps, [*map(min, values)], [*map(max, values)], color=COLOURS[target], alpha=0.18, lw=0)
+    base = statistics.fmean(run["curve"][0][decoding][key] for run in runs)
+    axis.axhline(base, color=COLOURS["base"], linestyle="--", linewidth=1.2, label=NAMES["base"])
+    axis.set_ylim(0, None if key == "waits" else 1.03)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.25)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, default=Path("docs/img/lab.png"))
+    arguments = parser.parse_args()
+    loaded = load(arguments.results)
+    print(table(loaded))
+    draw(loaded, arguments.output)

@@ -1,0 +1,64 @@
+"""
+The lab from pre-training to table and figure. A run whose result is there is not repeated.
+
+    python -m recipes.lab.grid           one base model, OPSD and purified; results and figure in outputs/lab
+    python -m recipes.lab.grid --full    every run behind recipes/lab/results
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from recipes.lab.figure import RESULTS, draw, load, table
+from recipes.lab.pretrain import pretrain
+from recipes.lab.run import Run, distil, save
+
+
+BOTH = [Run(target="teacher"), Run(target="purified")]
+
+
+def both(**settings: object) -> list[Run]:
+    """OPSD and purified at a setting."""
+    return [replace(run, **settings) for run in BOTH]  # type: ignore[arg-type]
+
+
+def full() -> list[Run]:
+    """Every run, the most important first."""
+    runs = [run for repeat in range(2) for seed in range(3) for run in both(seed=seed, repeat=repeat)]
+    runs += [run for rich in (False, True) for run in both(world="repair", rich=rich)]
+    runs += [run for lag in (4, 16) for run in both(lag=lag)]
+    runs += both(rich=True)
+    runs += [Run(pmi_clip=2.0), Run(pmi_beta=0.5), Run(pmi_beta=2.0)]
+    runs += [run for teacher in ("live", "ema") for run in both(teacher=teacher)]
+    return runs + both(world="long")
+
+
+def main(is_full: bool, part: int, parts: int) -> None:
+    """
+    Runs what is missing, then prints the table and draws the figure.
+
+    Args:
+        is_full (`bool`):
+            The whole grid, or one pair of runs.
+        part, parts (`int`):
+            Does each `parts`-th run, from number `part` on, so that several processes can share the grid.
+    """
+    folder = RESULTS if is_full else Path("outputs/lab")
+    runs = full() if is_full else BOTH
+    for number, run in enumerate(runs):
+        path = folder / f"{run.name}.json"
+        if number % parts == part and not path.is_file():
+            print(f"{run.name} ({number + 1} of {len(runs)})", flush=True)
+            save(distil(run, pretrain(run.world, run.seed)), path)
+    results = load(folder)
+    print(table(results))
+    draw(results, Path("docs/img/lab.png") if is_full else folder / "lab.png")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="the whole grid")
+    parser.add_argument("--part", type=int, default=0, help="which share of the runs this process does")
+    parser.add_argument("--parts", type=int, default=1, help="into how many shares they are split")
+    options = parser.parse_args()
+    main(options.full, options.part, options.parts)

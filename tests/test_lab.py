@@ -1,0 +1,152 @@
+"""The lab: its task by hand, its stale sampler, and a convergence test with the package's own trainer."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from purified_opsd_trl import PurifiedOPSDConfig
+from recipes.lab.figure import draw, table
+from recipes.lab.run import Run, distil, save
+from recipes.lab.stale import StaleRolloutTrainer
+from recipes.lab.task import Counts, Habits, Problem, count, sample_problem, write_response
+
+
+BASE = Path(__file__).parent / "fixtures" / "lab_base"  # base model 0 of the style world, in fp16
+PROBLEM = Problem(7, 4, ("+1", "-2", "+3", "*2"))  # 4 -> 5 -> 3 -> 6 -> 5
+
+
+def test_problem_by_hand() -> None:
+    assert PROBLEM.question == "<q> 4 A +1 B -2 C +3 D *2 </q>"
+    assert PROBLEM.values == [5, 3, 6, 5]
+    assert PROBLEM.reference(rich=False) == "5"
+    assert PROBLEM.reference(rich=True) == "3 5 6 ; 5"
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [
+        (
+            "4 A 5 ; 5 B 3 ; 3 C 6 wait 3 C 6 ; 6 D 5 ; ans 5 <eos>",
+            Counts(responses=1, correct=1, waits=1, right=5, right_waits=1, tokens=23),
+        ),
+        (  # the error at B is repaired at the second try; the one at D stays
+            "4 A 5 ; 5 B 4 wait 5 B 3 ; 3 C 6 ; 6 D 0 ; ans 0 <eos>",
+            Counts(responses=1, waits=1, right=3, wrong=2, wrong_waits=1, repaired=1, tokens=23),
+        ),
+        ("4 A 5 ; ans 5 <eos>", Counts(responses=1, correct=1, jumps=1, right=1, tokens=7)),
+        ("4 A 5 ; 5 B", Counts(responses=1, right=1, tokens=6)),
+    ],
+)
+def test_counts_by_hand(response: str, expected: Counts) -> None:
+    assert count(PROBLEM, response) == expected
+
+
+def test_habits_are_what_is_counted() -> None:
+    rng = random.Random(0)
+    habits = Habits(wrong=0.2, wait_right=0.25, wait_wrong=0.6)
+    problems = [sample_problem(rng, 7) for _ in range(2000)]
+    rates = sum((count(p, write_response(p, habits, rng)) for p in problems), Counts()).rates()
+    assert rates["error_rate"] == pytest.approx(0.2, abs=0.02)
+    assert rates["wait_given_right"] == pytest.approx(0.25, abs=0.02)
+    assert rates["wait_given_wrong"] == pytest.approx(0.6, abs=0.04)
+    assert rates["jumps"] == 0.0
+
+
+def test_slips_forget_the_operation() -> None:
+    slips = Habits(wrong=1.0, wait_right=0.0, wait_wrong=0.0, slips=True)
+    assert write_response(PROBLEM, slips, random.Random(0)) == "4 A 4 ; 4 B 4 ; 4 C 4 ; 4 D 4 ; ans 4"
+
+
+def test_problems_of_evaluation_are_held_out() -> None:
+    rng = random.Random(0)
+    train = {sample_problem(rng, 2).question for _ in range(500)}  # modulus 2: few problems, so all are seen
+    held_out = {sample_problem(rng, 2, held_out=True).question for _ in range(500)}
+    assert held_out and train and not held_out & train
+
+
+def test_consulting_the_reference_leaves_only_errors_it_cannot_show() -> None:
+    assert [PROBLEM.contradicts("A", result, rich=True) for result in range(7)] == [1, 1, 1, 0, 1, 0, 0]
+    assert not any(PROBLEM.contradicts("A", result, rich=False) for result in range(7))
+    assert [PROBLEM.contradicts("D", result, rich=False) for result in range(7)] == [1, 1, 1, 1, 1, 0, 1]
+    rng = random.Random(0)
+    always_wrong = Habits(wrong=1.0, wait_right=0.0, wait_wrong=0.0)
+    first = [int(write_response(PROBLEM, always_wrong, rng, consults=True).split()[2]) for _ in range(300)]
+    assert set(first) == {3, 5, 6}  # put right, or another value of the reference
+    assert first.count(5) / 300 == pytest.approx(4 / 6, abs=0.1)
+
+
+@pytest.mark.parametrize("lag", [0, 2])
+def test_stale_rollouts_come_from_old_weights(lag: int, tmp_path: Path) -> None:
+    sampled: list[torch.Tensor] = []
+    own: list[torch.Tensor] = []
+
+    class Recorder(StaleRolloutTrainer):
+        def _load(self, weights: list[torch.Tensor]) -> None:
+            (own if len(own) < len(sampled) else sampled).append(weights[0].clone())
+            super()._load(weights)
+
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    args = PurifiedOPSDConfig(
+        output_dir=str(tmp_path),
+        teacher_prompt_template="{question} <r> {reference} </r>",
+        reference_prompt_template="<r> {reference} </r>",
+        max_completion_length=8,
+        max_steps=4,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        decomposition_steps=0,
+    )
+    data = Dataset.from_list([{"prompt": PROBLEM.question, "reference": PROBLEM.reference(False)}] * 4)
+    Recorder(
+        lag=lag,
+        model=model,
+        args=args,
+        train_dataset=data,
+        processing_class=AutoTokenizer.from_pretrained(BASE),
+    ).train()
+    assert len(sampled) == len(own) == 4
+    for step in range(4):
+        assert torch.equal(sampled[step], own[max(0, step - lag)])
+        assert step == 0 or not torch.equal(own[step], own[step - 1])
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, dict[str, Any]]:
+    """A shortened run of each target."""
+    return {
+        target: distil(Run(target=target, steps=STEPS), BASE, eval_every=STEPS, eval_problems=256)
+        for target in ("teacher", "purified")
+    }
+
+
+STEPS = 25
+
+
+@pytest.mark.slow
+def test_purified_keeps_accuracy_and_waits_where_opsd_loses_them(results: dict[str, dict[str, Any]]) -> None:
+    before, opsd = (results["teacher"]["curve"][i]["sampled"] for i in (0, -1))
+    purified = results["purified"]["curve"][-1]["sampled"]
+    print(before, opsd, purified)
+    assert opsd["waits"] < 0.5 * before["waits"] < purified["waits"]
+    assert opsd["accuracy"] < before["accuracy"] - 0.05 < purified["accuracy"]
+
+
+@pytest.mark.slow
+def test_table_and_figure_of_a_run(results: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    for target, result in results.items():
+        save(result, tmp_path / f"{target}.json")
+    rows = table(list(results.values())).splitlines()
+    assert [row.split(" | ")[1] for row in rows[2:]] == ["base", "OPSD", "purified OPSD"]
+    draw(list(results.values()), tmp_path / "lab.png")
+    assert (tmp_path / "lab.png").stat().st_size > 10_000
