@@ -2,7 +2,7 @@
 Prompts and completion ids -> scoring batches; scores -> tensors for the loss.
 
 Shapes: `B` rows of the generation batch, `C` longest completion, `H` hidden size, `b` sequences of one scoring batch,
-`L` its padded length, `P` padded length of its shared prefixes.
+`L` its padded length, `p` shared prefixes of the batch, `P` their padded length.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from .scoring import TeacherScores
 
 # Tokens that teacher and reference-only prompt must share at least for their prefix to be run once: it takes one
 # forward more, so a short prefix costs what it saves (docs/kernels.md, "Shared prefixes")
-MIN_SHARED_TOKENS = 128
+MIN_SHARED_TOKENS = 256
 
 # The two contexts that begin alike where the template puts the reference first
 _BRANCHES = ("teacher", "reference_only")
@@ -31,9 +31,9 @@ class ScoringBatch:
     Prompt and completion are joined first and padded on the left, so that a completion ends at the last column. It is
     appended as ids, never as text: the same ids stand in every context.
 
-    With prefixes, sequences `i` and `i + b / 2` are the teacher's and the reference-only probe's of one row; both
-    continue prefix `i`. The prefixes are padded on the left and the continuations on the right, so that the tokens of
-    a sequence stay neighbours.
+    With prefixes, sequence `i` continues prefix `prefix_of[i]`: teacher and reference-only probe of a row the same,
+    and so do rows with the same reference. The prefixes are padded on the left and the continuations on the right, so
+    that the tokens of a sequence stay neighbours.
 
     Attributes:
         contexts (`tuple[str, ...]` of length `b`):
@@ -48,8 +48,10 @@ class ScoringBatch:
             Column of each completion's first token, which is never the first column.
         completion_lengths (`tuple[int, ...]` of length `b`):
             Tokens of each completion.
-        prefix_ids, prefix_mask (`torch.Tensor` of shape `[b / 2, P]`, *optional*):
+        prefix_ids, prefix_mask (`torch.Tensor` of shape `[p, P]`, *optional*):
             Shared prefixes.
+        prefix_of (`tuple[int, ...]` of length `b`):
+            Prefix of each sequence; empty without prefixes.
     """
 
     contexts: tuple[str, ...]
@@ -60,6 +62,7 @@ class ScoringBatch:
     completion_lengths: tuple[int, ...]
     prefix_ids: torch.Tensor | None = None
     prefix_mask: torch.Tensor | None = None
+    prefix_of: tuple[int, ...] = ()
 
     @property
     def forwards(self) -> int:
@@ -74,10 +77,10 @@ class ScoringBatch:
 
 @dataclass(frozen=True)
 class _Group:
-    """Sequences of one batch as `(context, row)`, with the lengths of the prefixes that its pairs share."""
+    """Sequences of one batch as `(context, row)`, with the prefix of each where pairs of them share one."""
 
     keys: list[tuple[str, int]]
-    prefixes: list[int] = field(default_factory=list)
+    prefixes: list[tuple[int, ...]] = field(default_factory=list)
 
 
 class PurificationCollator:
@@ -90,7 +93,8 @@ class PurificationCollator:
         max_sequences (`int`):
             Most sequences in a scoring batch.
         max_tokens (`int`, *optional*):
-            Most tokens, padding included, in a scoring batch; a single longer sequence is a batch of its own.
+            Most tokens, padding included, in a scoring batch; a longer sequence, or the two of a row that share a
+            prefix, are a batch of their own.
         pad_to_multiple_of (`int`, *optional*):
             Length multiple of the scoring batches.
     """
@@ -133,7 +137,7 @@ class PurificationCollator:
                 groups.append([index])
         return groups
 
-    def shared_prefixes(self, prompt_ids: dict[str, list[list[int]]]) -> dict[int, int]:
+    def shared_prefixes(self, prompt_ids: dict[str, list[list[int]]]) -> dict[int, tuple[int, ...]]:
         """
         Rows whose teacher and reference-only prompt begin with the same tokens.
 
@@ -142,17 +146,17 @@ class PurificationCollator:
                 Prompt ids of every row, by context.
 
         Returns:
-            `dict[int, int]`: length of the common prefix by row, where it is worth a forward of its own. The last
-            token of a prompt is never counted in: it predicts the first token of the completion.
+            `dict[int, tuple[int, ...]]`: ids of the common prefix by row, where it is worth a forward of its own. The
+            last token of a prompt is never counted in: it predicts the first token of the completion.
         """
-        lengths = {}
+        prefixes = {}
         pairs = zip(prompt_ids.get("teacher", []), prompt_ids.get("reference_only", []), strict=False)
         for row, (teacher, reference_only) in enumerate(pairs):
             both = zip(teacher[:-1], reference_only[:-1], strict=False)
             common = sum(1 for _ in takewhile(lambda ids: ids[0] == ids[1], both))
             if common >= MIN_SHARED_TOKENS:
-                lengths[row] = common
-        return lengths
+                prefixes[row] = tuple(teacher[:common])
+        return prefixes
 
     def scoring_batches(
         self,
@@ -174,8 +178,8 @@ class PurificationCollator:
                 run the same number. Batches are split, largest first, and when nothing is left to split the last one
                 is repeated; a repetition writes the same values again.
             share_prefixes (`bool`, *optional*, defaults to `False`):
-                Whether the prefix that a row's teacher and reference-only prompt share is run once for both. The two
-                then stay in one batch, even where it may hold one sequence only.
+                Whether the prefix that a row's teacher and reference-only prompt share is run once for both, and for
+                all rows of the batch that begin so. The two stay in one batch, even where it may hold one sequence.
 
         Returns:
             `list[ScoringBatch]`.
@@ -191,13 +195,18 @@ class PurificationCollator:
             groups = _with_more_forwards(groups, missing)
         return [self._batch(group, sequences, completion_ids) for group in groups]
 
-    def _groups(self, sequences: dict[tuple[str, int], list[int]], prefixes: dict[int, int]) -> list[_Group]:
-        paired, groups = list(prefixes), []
-        longest = [max(len(sequences[context, row]) for context in _BRANCHES) for row in paired]
-        for indices in self.plan(longest, width=2):
+    def _groups(
+        self, sequences: dict[tuple[str, int], list[int]], prefixes: dict[int, tuple[int, ...]]
+    ) -> list[_Group]:
+        longest: dict[tuple[int, ...], int] = {}  # by prefix: planned by it, rows with the same prefix stay neighbours
+        for row, prefix in prefixes.items():
+            length = max(len(sequences[context, row]) for context in _BRANCHES)
+            longest[prefix] = max(length, longest.get(prefix, 0))
+        paired = [row for prefix in longest for row in prefixes if prefixes[row] == prefix]
+        groups = []
+        for indices in self.plan([longest[prefixes[row]] for row in paired], width=2):
             rows = [paired[i] for i in indices]
-            keys = [(context, row) for context in _BRANCHES for row in rows]
-            groups.append(_Group(keys, [prefixes[row] for row in rows]))
+            groups.append(_Group([(c, row) for c in _BRANCHES for row in rows], [prefixes[row] for row in rows] * 2))
         rest = [key for key in sequences if key[0] not in _BRANCHES or key[1] not in prefixes]
         alone = self.plan([len(sequences[key]) for key in rest])
         return [*groups, *(_Group([rest[i] for i in indices]) for indices in alone)]
@@ -205,16 +214,13 @@ class PurificationCollator:
     def _batch(
         self, group: _Group, sequences: dict[tuple[str, int], list[int]], completion_ids: list[list[int]]
     ) -> ScoringBatch:
-        skipped = group.prefixes * 2 or [0] * len(group.keys)
-        side = "right" if group.prefixes else "left"
-        ids = [sequences[key][skip:] for key, skip in zip(group.keys, skipped, strict=True)]
+        prefixes = group.prefixes or [()] * len(group.keys)
+        ids = [sequences[key][len(prefix) :] for key, prefix in zip(group.keys, prefixes, strict=True)]
         lengths = [len(completion_ids[row]) for _, row in group.keys]
-        input_ids, attention_mask = self._pad(ids, side)
-        prefix_ids = prefix_mask = None
-        if group.prefixes:
-            shared = [sequences[key][:skip] for key, skip in zip(group.keys, group.prefixes, strict=False)]
-            prefix_ids, prefix_mask = self._pad(shared, "left")
+        input_ids, attention_mask = self._pad(ids, "right" if group.prefixes else "left")
         ends = [len(i) if group.prefixes else input_ids.shape[1] for i in ids]
+        distinct = list(dict.fromkeys(group.prefixes))
+        prefix_ids, prefix_mask = self._pad(distinct, "left") if distinct else (None, None)
         return ScoringBatch(
             contexts=tuple(context for context, _ in group.keys),
             rows=tuple(row for _, row in group.keys),
@@ -224,9 +230,10 @@ class PurificationCollator:
             completion_lengths=tuple(lengths),
             prefix_ids=prefix_ids,
             prefix_mask=prefix_mask,
+            prefix_of=tuple(distinct.index(prefix) for prefix in group.prefixes),
         )
 
-    def _pad(self, sequences: list[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def _pad(self, sequences: Sequence[Sequence[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
         ids = [torch.tensor(sequence) for sequence in sequences]
         padded = [
             pad(tensors, padding_value=value, padding_side=side, pad_to_multiple_of=self.pad_to_multiple_of)

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from .errors import InputError
@@ -356,7 +357,7 @@ def gathered_heads(*heads: LMHead) -> Any:
 
 def _full(x: Any) -> Any:
     """The whole tensor of a sharded `DTensor`; the gradient finds its way back to the shards."""
-    return x.full_tensor() if isinstance(x, torch.distributed.tensor.DTensor) else x
+    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def _projector(head: LMHead, temperature: float) -> Projector:

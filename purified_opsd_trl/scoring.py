@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import is_peft_model
 from transformers import DynamicCache, TrainerCallback
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from trl.trainer.utils import use_adapter
 
 from .loss import LMHead, gathered_heads
@@ -320,8 +319,9 @@ class TeacherScoringCallback(TrainerCallback):
         # Each forward enters the wrapper on its own, as those without a prefix do; the cache never passes through it
         prefix_ids, prefix_mask = batch.prefix_ids.to(device), batch.prefix_mask.to(device)
         redirect(wrapped, unwrapped, continued, prefix_ids, prefix_mask, prefix_ids.shape[1])
-        cache.reorder_cache(torch.arange(len(prefix_ids), device=device).repeat(2))
-        mask = torch.cat([prefix_mask.repeat(2, 1), mask], dim=1)
+        prefix_of = torch.tensor(batch.prefix_of, device=device)
+        cache.reorder_cache(prefix_of)
+        mask = torch.cat([prefix_mask[prefix_of], mask], dim=1)
         return redirect(wrapped, unwrapped, continued, input_ids, mask, min(batch.completion_starts))
 
     def _check_finite(self, batches: list["ScoringBatch"], finite: list[torch.Tensor]) -> None:
@@ -378,9 +378,7 @@ def unshareable(model: Any) -> str | None:
     kinds = {str(part.get("rope_type")) for part in (rope, *rope.values()) if isinstance(part, dict)}
     if kinds & {"dynamic", "longrope"}:
         return f"the rotary embedding of {config.model_type} depends on the length of the whole sequence"
-    if getattr(config, "attention_chunk_size", None) is not None:
-        return f"the attention of {config.model_type} depends on where its chunks begin"
-    layers = {type(layer) for layer in DynamicCache(config=config).layers}
-    if not layers <= {DynamicLayer, DynamicSlidingWindowLayer} or getattr(model, "_is_stateful", False):
-        return f"{config.model_type} keeps more than keys and values of earlier tokens"
+    layers = set(getattr(config, "layer_types", None) or ())
+    if layers - {"full_attention", "sliding_attention"} or getattr(model, "_is_stateful", False):
+        return f"{config.model_type} has other layers than those of full and of sliding-window attention"
     return None

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from purified_opsd_trl.bench import loss as bench_loss
 from purified_opsd_trl.bench import main, measure
+from purified_opsd_trl.bench import scoring as bench_scoring
 from purified_opsd_trl.bench.measure import Contender, Measurement, PeakMemory, alternate
 from purified_opsd_trl.cli import main as cli
 from purified_opsd_trl.errors import InputError
@@ -132,6 +133,50 @@ def test_step_report(tmp_path: Path) -> None:
     assert "Sampling the completions" in output.with_suffix(".md").read_text()
 
 
+# Scoring -------------------------------------------------------------------------------------------------------------
+
+SCORING = ["--layers", "1", "--hidden", "32", "--heads", "2", "--rows", "2", "--prompt", "5", "--completion", "6"]
+
+
+def test_scoring_report(tmp_path: Path) -> None:
+    output = tmp_path / "scoring"
+    flags = [*SCORING, "--references", "20", "300", "--repetitions", "1", "--output", str(output)]
+    assert main(["scoring", *flags]) == 0
+    report = json.loads(output.with_suffix(".json").read_text())
+    assert list(report["references"]) == ["20", "300"] and report["settings"]["references"] == [20, 300]
+    for contenders in report["references"].values():
+        assert list(contenders) == ["separate", "shared prefix", "prefix kept"]
+        assert all(result["error"] is None and result["seconds"][0] > 0 for result in contenders.values())
+    assert "| 300 | shared prefix |" in output.with_suffix(".md").read_text()
+
+
+@pytest.mark.parametrize("same", [False, True], ids=["own", "same"])
+def test_scoring_contenders_run_what_they_say(tmp_path: Path, same: bool) -> None:
+    parser = bench_scoring.make_parser()
+    parser.set_defaults(**bench_scoring.PRESETS["cpu"])
+    # four rows: batches of two pairs, so that rows with the same reference run it once in each of two batches
+    args = parser.parse_args([*SCORING, "--rows", "4", "--references", "300", *(["--same-reference"] * same)])
+    trainer = bench_scoring.make_trainer(args, CPU, tmp_path)
+    scoring_pass = bench_scoring.ScoringPass(trainer, args, 300)
+    # base 5 + 6; teacher and reference-only end in 16 tokens and 6; what is run after what was seen
+    whole, branches = [(0, 300 + 5 + 22), (0, 300 + 22)] * 4, [(300, 5 + 22), (300, 22)] * 4
+    prefixes = [(0, 300)] * (2 if same else 4)
+    runs = {"separate": whole, "shared prefix": prefixes + branches, "prefix kept": branches}
+    for contender in scoring_pass.contenders():
+        if contender.prepare is not None:
+            contender.prepare()
+        with ProductCounter() as counter:
+            contender.run()
+        sequences = [*runs[contender.name], *[(0, 11)] * 4]
+        pairs = sum(before + i + 1 for before, count in sequences for i in range(count))  # (query, key) of attention
+        # less than 2 %: the reference-only probe's shorter branch is padded
+        assert contender.flops == pytest.approx(counter.flops + 4 * 32 * pairs, rel=0.02), contender.name
+    scores = [scoring_pass.run(share) for share in (False, True)]
+    for context, states in scores[0].hidden.items():
+        torch.testing.assert_close(scores[1].hidden[context], states, rtol=1e-4, atol=1e-5)
+    assert [score.stats.tokens for score in scores] == [4 * (11 + 327 + 322), 300 * len(prefixes) + 4 * (11 + 27 + 22)]
+
+
 # Measuring -----------------------------------------------------------------------------------------------------------
 
 
@@ -208,7 +253,7 @@ def test_unknown_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
     assert "invalid choice: 'speed'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["loss", "step"])
+@pytest.mark.parametrize("name", ["loss", "scoring", "step"])
 def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as status:
         main([name, "--help"])

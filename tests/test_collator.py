@@ -65,7 +65,7 @@ def test_lengths_are_padded_to_the_multiple() -> None:
 
 # Prefixes shared by the teacher's and the reference-only prompt ------------------------------------------------------
 
-REFERENCES = [[5] * 400, [6] * 130, [7] * 127, [8] * 200]
+REFERENCES = [[5] * 400, [6] * 258, [7] * 255, [8] * 300]
 SHARING = {
     "base": [[1], [2], [3], [4]],
     "teacher": [[*reference, 50, 51, 60] for reference in REFERENCES[:3]] + [REFERENCES[3]],
@@ -81,7 +81,7 @@ def tokens_by_key(batches: list[ScoringBatch]) -> dict[tuple[str, int], list[int
         for i, key in enumerate(zip(batch.contexts, batch.rows, strict=True)):
             ids = batch.input_ids[i][batch.attention_mask[i].bool()].tolist()
             if batch.prefix_ids is not None and batch.prefix_mask is not None:
-                parent = i % len(batch.prefix_ids)
+                parent = batch.prefix_of[i]
                 ids = batch.prefix_ids[parent][batch.prefix_mask[parent].bool()].tolist() + ids
             start, length = batch.completion_starts[i], batch.completion_lengths[i]
             assert start > 0 and batch.input_ids[i, start : start + length].tolist() == WRITTEN[key[1]]
@@ -96,8 +96,9 @@ WHOLE = {
 
 def test_a_shared_prefix_is_found_on_token_ids_and_leaves_a_token_of_each_prompt() -> None:
     collator = PurificationCollator(0, max_sequences=8)
-    # row 2 shares 127 tokens, below the threshold; row 3 shares all 200, of which the last one is kept back
-    assert collator.shared_prefixes(SHARING) == {0: 400, 1: 130, 3: 199}
+    # row 2 shares 255 tokens, below the threshold; row 3 shares all 300, of which the last one is kept back
+    lengths = {row: len(prefix) for row, prefix in collator.shared_prefixes(SHARING).items()}
+    assert lengths == {0: 400, 1: 258, 3: 299}
     assert collator.shared_prefixes({"teacher": SHARING["teacher"]}) == {}
 
 
@@ -121,7 +122,22 @@ def test_prefix_and_rest_make_up_every_sequence(most: int) -> None:
         for mask in batch.attention_mask.tolist():
             assert mask == sorted(mask, reverse=True)  # padding last
     tokens = sum(int(mask.sum()) for batch in batches for mask in batch.masks)
-    assert tokens == sum(map(len, WHOLE.values())) - 400 - 130 - 199
+    assert tokens == sum(map(len, WHOLE.values())) - 400 - 258 - 299
+
+
+def test_rows_with_the_same_reference_share_it_too() -> None:
+    prompts = {
+        "teacher": [
+            [*REFERENCES[i], *question] for i, question in [(0, [50]), (1, [51, 52]), (0, [53] * 9), (0, [54])]
+        ],
+        "reference_only": [[*REFERENCES[i], 60] for i in (0, 1, 0, 0)],
+    }
+    for most, prefixes in ((100, [2]), (6, [1, 1]), (4, [1, 2]), (2, [1, 1, 1, 1])):
+        batches = PurificationCollator(0, max_sequences=most).scoring_batches(prompts, WRITTEN, share_prefixes=True)
+        assert [len(batch.prefix_ids) for batch in batches if batch.prefix_ids is not None] == prefixes
+        assert tokens_by_key(batches) == {
+            (context, row): ids[row] + WRITTEN[row] for context, ids in prompts.items() for row in range(4)
+        }
 
 
 @pytest.mark.parametrize("budget", [50, 800, 1700])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,7 +40,7 @@ from .step import Bench
 
 PRESETS: dict[str, dict[str, Any]] = {
     "cpu": {
-        **{"layers": 2, "hidden": 512, "heads": 4, "dtype": "float32", "device": "cpu"},
+        **{"layers": 1, "hidden": 256, "heads": 4, "dtype": "float32", "device": "cpu"},
         **{"rows": 1, "prompt": 128, "completion": 512, "references": [512, 4096, 16384]},
     },
     "gpu": {
@@ -63,6 +64,8 @@ class ScoringPass:
             return torch.randint(8, _VOCAB, (args.rows, count), generator=generator).tolist()
 
         self.references, questions, endings = ids(reference), ids(args.prompt), ids(_ENDING)
+        if args.same_reference:
+            self.references = self.references[:1] * args.rows
         rows = list(zip(self.references, questions, endings, strict=True))
         self.prompts = {
             "base": questions,
@@ -76,15 +79,22 @@ class ScoringPass:
         """Operations of the layers' linear maps and of attention, by the sequences that `name` runs."""
         completion, args = self.args.completion, self.args
         lengths = {context: len(ids[0]) + completion for context, ids in self.prompts.items()}
-        runs = [(0, lengths["base"])]  # (tokens seen before, tokens run)
+        branches = [lengths[context] for context in ("teacher", "reference_only")]
         if name == "separate":
-            runs += [(0, lengths[context]) for context in ("teacher", "reference_only")]
+            runs = [(0, length, args.rows) for length in branches]  # tokens seen before, tokens run, how often
         else:
-            runs += [(self.reference, lengths[c] - self.reference) for c in ("teacher", "reference_only")]
-            runs += [(0, self.reference)] if name == "shared prefix" else []
-        linear = sum(2.0 * (4 + 3 * 3) * args.hidden**2 * count for _, count in runs)
-        attention = sum(4.0 * args.hidden * count * (before + count / 2) for before, count in runs)
-        return args.rows * args.layers * (linear + attention)
+            runs = [(self.reference, length - self.reference, args.rows) for length in branches]
+        if name == "shared prefix":
+            batches = math.ceil(
+                args.rows / max(1, args.rows // 2)
+            )  # a batch holds as many sequences as there are rows
+            runs.append((0, self.reference, batches if args.same_reference else args.rows))
+
+        def cost(before: int, count: int) -> float:
+            return 2.0 * (4 + 3 * 3) * args.hidden**2 * count + 4.0 * args.hidden * count * (before + count / 2)
+
+        runs.append((0, lengths["base"], args.rows))
+        return args.layers * sum(times * cost(before, count) for before, count, times in runs)
 
     def run(self, share: bool) -> Any:
         """Scores everything by the trainer's own callback."""
@@ -126,6 +136,12 @@ class ScoringPass:
         ]
 
 
+def make_trainer(args: argparse.Namespace, device: torch.device, folder: Path) -> Any:
+    """Our trainer with a random model, whose callback scores."""
+    sizes = {"vocab": _VOCAB, "reference": 1, "lora_rank": 1, "gradient_checkpointing": False, "memory_budget": 512}
+    return Bench(argparse.Namespace(**vars(args), **sizes), device, folder).ours("purified")
+
+
 def table(results: dict[int, dict[str, Measurement]], clock: str) -> list[str]:
     """Markdown table by length of the reference: time, its ratio to separate forwards, that of the FLOPs, memory."""
     rows = []
@@ -160,6 +176,7 @@ def make_parser() -> argparse.ArgumentParser:
     }.items():
         parser.add_argument(f"--{name}", type=int, help=text)
     parser.add_argument("--references", type=int, nargs="+", help="tokens of a reference, one run each")
+    parser.add_argument("--same-reference", action="store_true", help="all rows carry one reference")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="clock of the table; JSON has both")
     add_common_arguments(parser, "scoring")
@@ -176,13 +193,12 @@ def run(argv: Sequence[str]) -> int:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     results = {}
-    sizes = {"vocab": _VOCAB, "reference": 1, "lora_rank": 1, "gradient_checkpointing": False, "memory_budget": 512}
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Bench(argparse.Namespace(**vars(args), **sizes), device, Path(folder)).ours("purified")
+        trainer = make_trainer(args, device, Path(folder))
         for reference in args.references:
             contenders = select(ScoringPass(trainer, args, reference).contenders(), args.contenders)
             results[reference] = alternate(contenders, args.repetitions, device)
-    settings = {name: getattr(args, name) for name in PRESETS["cpu"] if name != "device"}
+    settings = {name: getattr(args, name) for name in (*PRESETS["cpu"], "same_reference") if name != "device"}
     report = {
         "benchmark": "scoring",
         "settings": settings,
