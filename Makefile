@@ -49,8 +49,9 @@ demo: .venv/.demo-installed
 lab: .venv/.lab-installed
 	$(BIN)/python -m recipes.lab.grid $(ARGS)
 
+# Two workers, a file at a time: most tests compute on one thread
 test: .venv/.dev-installed
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 # DeepSpeed's extensions are for GPUs: none is built here
 .venv/.distributed-installed: .venv/.dev-installed
