@@ -201,6 +201,13 @@ def test_migrating_from_sdft_names_every_key() -> None:
     assert own <= named, f"docs/migrating.md does not say what becomes of {own - named}"
 
 
+def test_the_tree_of_the_readme_names_every_module() -> None:
+    tree = _blocks(ROOT / "README.md", "text")[-1][1]
+    modules = [path.name for path in (ROOT / "purified_opsd_trl").iterdir() if path.is_dir() or path.suffix == ".py"]
+    missing = [name for name in modules if not name.startswith((".", "__")) and name not in tree]
+    assert not missing, f"README.md does not mention {missing}"
+
+
 # Every message has an entry ------------------------------------------------------------------------------------------
 
 
