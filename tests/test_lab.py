@@ -73,6 +73,8 @@ def test_consulting_the_reference_leaves_only_errors_it_cannot_show() -> None:
     assert [PROBLEM.contradicts("A", result, rich=True) for result in range(7)] == [1, 1, 1, 0, 1, 0, 0]
     assert not any(PROBLEM.contradicts("A", result, rich=False) for result in range(7))
     assert [PROBLEM.contradicts("D", result, rich=False) for result in range(7)] == [1, 1, 1, 1, 1, 0, 1]
+    other = Problem(7, 4, ("+1", "-2", "+3", "+3"))  # 5 3 6, answer 2: the answer is no value before it
+    assert other.contradicts("A", 2, rich=True)
     rng = random.Random(0)
     always_wrong = Habits(wrong=1.0, wait_right=0.0, wait_wrong=0.0)
     first = [int(write_response(PROBLEM, always_wrong, rng, consults=True).split()[2]) for _ in range(300)]

@@ -26,11 +26,12 @@ def full() -> list[Run]:
     """Every run, the most important first."""
     runs = [run for repeat in range(2) for seed in range(3) for run in both(seed=seed, repeat=repeat)]
     runs += [run for rich in (False, True) for run in both(world="repair", rich=rich)]
+    runs += both(world="repair", repeat=1)
     runs += [run for lag in (4, 16) for run in both(lag=lag)]
     runs += both(rich=True)
     runs += [Run(pmi_clip=2.0), Run(pmi_beta=0.5), Run(pmi_beta=2.0)]
     runs += [run for teacher in ("live", "ema") for run in both(teacher=teacher)]
-    return runs + both(world="long")
+    return runs
 
 
 def main(is_full: bool, part: int, parts: int) -> None:

@@ -4,7 +4,7 @@ import argparse
 import random
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ POOL = 4  # batches that are sorted by length together
 LOG_EVERY = 25  # steps
 WARM_UP = 40  # steps
 LEARNING_RATE = 2e-3
+MIX_STEPS = 500
 
 CLEAN = Habits(wrong=0.0, wait_right=0.0, wait_wrong=0.0)
 
@@ -43,27 +44,22 @@ class World:
             Whether who writes with a reference checks results against it.
         copies (`bool`):
             Whether who writes with a reference copies its answer.
-        steps (`int`):
-            Steps on the mix.
     """
 
     alone: Habits
     with_reference: Habits
     consults: bool = False
     copies: bool = False
-    steps: int = 500
 
 
-# A painted gap of style: without a reference the model checks itself, with one it jumps to the answer
-_STYLE = World(
-    alone=Habits(wrong=0.2, wait_right=0.25, wait_wrong=0.6),
-    with_reference=Habits(wrong=0.2, wait_right=0.02, wait_wrong=0.05, jump=0.35),
-    copies=True,
-)
 _CHECKS = Habits(wrong=0.25, wait_right=0.03, wait_wrong=0.9, slips=True)
 WORLDS = {
-    "style": _STYLE,
-    "long": replace(_STYLE, steps=1200),  # the same mix, learnt better
+    # A painted gap of style: without a reference the model checks itself, with one it jumps to the answer
+    "style": World(
+        alone=Habits(wrong=0.2, wait_right=0.25, wait_wrong=0.6),
+        with_reference=Habits(wrong=0.2, wait_right=0.02, wait_wrong=0.05, jump=0.35),
+        copies=True,
+    ),
     # One way of writing. Waits follow mistakes; a reference changes only what can be known, so fewer mistakes are made
     "repair": World(alone=_CHECKS, with_reference=_CHECKS, consults=True),
 }
@@ -244,7 +240,7 @@ def pretrain(world: str, seed: int, max_clean_steps: int = 1500, batch_size: int
     clean = batches(lambda: sample_text(rng, None), tokenizer, batch_size)
     train(model, clean, max_clean_steps, LEARNING_RATE, is_done=lambda loss: loss < 0.02)
     mix = batches(lambda: sample_text(rng, WORLDS[world]), tokenizer, batch_size)
-    train(model, mix, WORLDS[world].steps, LEARNING_RATE)
+    train(model, mix, MIX_STEPS, LEARNING_RATE)
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
     return folder
