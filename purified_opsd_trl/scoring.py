@@ -299,7 +299,7 @@ class TeacherScoringCallback(TrainerCallback):
                 batches = collator.scoring_batches(prompt_ids, completion_ids, num_forwards=most, share_prefixes=share)
         return batches
 
-    def _forward(self, wrapped: torch.nn.Module, unwrapped: torch.nn.Module, batch: "ScoringBatch") -> torch.Tensor:
+    def _forward(self, wrapped: torch.nn.Module, unwrapped: Any, batch: "ScoringBatch") -> torch.Tensor:
         """Hidden states `[b, n, H]` that predict the last n columns of the batch, all completions among them."""
         assert self.trainer is not None
         device = self.trainer.accelerator.device
@@ -320,7 +320,7 @@ class TeacherScoringCallback(TrainerCallback):
         prefix_ids, prefix_mask = batch.prefix_ids.to(device), batch.prefix_mask.to(device)
         redirect(wrapped, unwrapped, continued, prefix_ids, prefix_mask, prefix_ids.shape[1])
         prefix_of = torch.tensor(batch.prefix_of, device=device)
-        cache.reorder_cache(prefix_of)
+        cache.reorder_cache(prefix_of)  # type: ignore[arg-type]  # integers are all it needs
         mask = torch.cat([prefix_mask[prefix_of], mask], dim=1)
         return redirect(wrapped, unwrapped, continued, input_ids, mask, min(batch.completion_starts))
 
