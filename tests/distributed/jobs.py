@@ -17,6 +17,7 @@ from peft import LoraConfig
 from transformers import set_seed
 
 from purified_opsd_trl import PurifiedOPSDConfig, PurifiedOPSDTrainer
+from purified_opsd_trl.config import REFERENCE_FIRST_TEACHER_PROMPT_TEMPLATE
 
 
 GLOBAL_BATCH = 4  # rows of an optimizer step, however many processes share them
@@ -97,6 +98,8 @@ def build(job: Job, model_dir: str, folder: Path, num_processes: int, deepspeed:
         "teacher_model_kind": job.kind,
         "teacher_update_rate": 0.3,
     }
+    if skewed:  # the long references share a prefix that takes a forward of its own, the short ones do not
+        fields["teacher_prompt_template"] = REFERENCE_FIRST_TEACHER_PROMPT_TEMPLATE
     lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "up_proj"], task_type="CAUSAL_LM")
     trainer = PurifiedOPSDTrainer(
         model=model_dir,
