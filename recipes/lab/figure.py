@@ -118,6 +118,48 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
+SWEEP = (
+    ({}, "purified, beta 1, c 10", "#1d4ed8", "-"),
+    ({"pmi_beta": 0.5}, "beta 0.5", "#0f766e", "--"),
+    ({"pmi_beta": 2.0}, "beta 2", "#7c3aed", "-."),
+    ({"pmi_clip": 2.0}, "c 2", "#a16207", ":"),
+    ({"target": "teacher"}, "OPSD", COLOURS["teacher"], "-"),
+)
+
+
+def draw_settings(results: list[dict[str, Any]], path: Path) -> None:
+    """
+    Curves of single runs with other `pmi_beta` and `pmi_clip`, on the first base model of the style world.
+
+    Args:
+        results (`list[dict]`):
+            Results.
+        path (`Path`):
+            PNG to write.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    usual = next(r["run"] for r in results if setting(r["run"]) == "style, answer only")
+    usual = {**usual, "seed": 0, "repeat": 0, "target": "purified"}
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+    for axis, (decoding, key, title) in zip(axes, PANELS, strict=False):
+        for change, label, colour, line in SWEEP:
+            curve = next(r["curve"] for r in results if r["run"] == {**usual, **change})
+            steps, values = zip(*((point["step"], point[decoding][key]) for point in curve), strict=True)
+            axis.plot(steps, values, line, color=colour, label=label, linewidth=2)
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("step")
+        axis.set_ylim(0, None if key == "waits" else 1.03)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(SWEEP), frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def _draw_panel(axis: Any, runs: list[dict[str, Any]], decoding: str, key: str) -> None:
     for target in ("teacher", "purified"):
         curves = [r["curve"] for r in runs if r["run"]["target"] == target]

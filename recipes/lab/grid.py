@@ -9,7 +9,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from recipes.lab.figure import RESULTS, draw, load, table
+from recipes.lab.figure import RESULTS, draw, draw_settings, load, table
 from recipes.lab.pretrain import pretrain
 from recipes.lab.run import Run, distil, save
 
@@ -54,6 +54,8 @@ def main(is_full: bool, part: int, parts: int) -> None:
     results = load(folder)
     print(table(results))
     draw(results, Path("docs/img/lab.png") if is_full else folder / "lab.png")
+    if is_full:
+        draw_settings(results, Path("docs/img/lab_settings.png"))
 
 
 if __name__ == "__main__":
