@@ -69,7 +69,7 @@ test-distributed: .venv/.distributed-installed
 	@touch $@
 
 test-vllm: .venv-vllm/.installed
-	.venv-vllm/bin/python -m pytest tests/vllm -m vllm $(ARGS)
+	.venv-vllm/bin/python -m pytest tests/vllm_engine -m vllm $(ARGS)
 
 lint: .venv/.dev-installed
 	$(BIN)/ruff check .

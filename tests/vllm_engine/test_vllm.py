@@ -64,7 +64,7 @@ def train(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
                     "sleep": kind == "sleeping",
                 }
                 (folder / "plan.json").write_text(json.dumps(plan))
-            run(*(["-m", "tests.vllm.worker", str(folder / "plan.json")] for folder in folders.values()))
+            run(*(["-m", "tests.vllm_engine.worker", str(folder / "plan.json")] for folder in folders.values()))
             results[kind] = {
                 either: {**json.loads((folder / "figures.json").read_text()), "output": str(folder / "run")}
                 for either, folder in folders.items()
@@ -121,7 +121,7 @@ def test_the_command_evaluates_with_vllm(model_dir: Path, tmp_path: Path) -> Non
     problems = [{"problem": f"what is {i} + 1?", "answer": str(i + 1)} for i in range(3)]
     (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, problems)))
     backends = ("vllm", "transformers")
-    command = ["-m", "tests.vllm.cpu", "evaluate", "--model", str(model_dir), "--dtype", "float32"]
+    command = ["-m", "tests.vllm_engine.cpu", "evaluate", "--model", str(model_dir), "--dtype", "float32"]
     command += ["--benchmarks", str(tmp_path / "sums.jsonl"), "--num_samples", "2", "--temperature", "0"]
     command += ["--max_new_tokens", "12"]
     run(*([*command, "--backend", name, "--output_dir", str(tmp_path / name)] for name in backends))
@@ -157,7 +157,7 @@ def test_the_server_writes_what_transformers_writes(model_dir: Path, tmp_path: P
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    command = [sys.executable, "-m", "tests.vllm.cpu", "serve", "--model", str(model_dir)]
+    command = [sys.executable, "-m", "tests.vllm_engine.cpu", "serve", "--model", str(model_dir)]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     command += ["--dtype", "float32", "--enforce_eager", "true", "--max_model_len", "128"]
     environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)}

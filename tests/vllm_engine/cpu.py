@@ -1,8 +1,8 @@
 """
 Commands with what vLLM needs on a CPU. Nothing of it is in the package.
 
-    python -m tests.vllm.cpu evaluate ...   purified-opsd evaluate, vLLM without compiling
-    python -m tests.vllm.cpu serve ...      trl vllm-serve, under the name that the CPU build is installed by
+    python -m tests.vllm_engine.cpu evaluate ...   purified-opsd evaluate, vLLM without compiling
+    python -m tests.vllm_engine.cpu serve ...      trl vllm-serve, under the name that the CPU build is installed by
 """
 
 import importlib.metadata

@@ -1,7 +1,7 @@
 """
 One process with vLLM: trains, and compares every rollout with transformers.
 
-    python -m tests.vllm.worker PLAN.json
+    python -m tests.vllm_engine.worker PLAN.json
 
 The plan: `model` (folder), `output` (folder), `lora`, `resume` (folder or null), `break_sync` (send no weights after
 the first time), `sleep` (record the order of calls with sleep mode on). Writes `figures.json` beside the plan.
