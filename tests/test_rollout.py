@@ -1,4 +1,4 @@
-"""Room for the longest prompt in vLLM; weights sent to it without moving the base. The engine itself: tests/vllm_engine."""
+"""Room for the longest prompt in vLLM; weights sent to it without moving the base. The engine: tests/vllm_engine."""
 
 import inspect
 import logging
