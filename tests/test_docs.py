@@ -253,3 +253,11 @@ def test_no_entry_of_the_troubleshooting_page_is_stale() -> None:
     messages = [text for _, text in _messages()]
     stale = [entry for entry in _entries() if not any(entry in text for text in messages)]
     assert not stale, f"docs/troubleshooting.md has entries that no message matches: {stale}"
+
+
+@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.stem)
+def test_links_and_pictures_are_there_and_stay_inside_the_site(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+        if "://" not in target:
+            file = (page.parent / target).resolve()
+            assert file.is_file() and file.is_relative_to(ROOT / "docs"), target
