@@ -30,13 +30,21 @@ ENVIRONMENT = {
 Train = Callable[..., dict[str, Any]]
 
 
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
 def run(*commands: list[str]) -> None:
     """Runs Python processes at the same time, and fails with the output of one that fails."""
-    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    processes = [
-        subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, **pipes) for command in commands
-    ]
+    processes = []
+    for command in commands:
+        # Each vLLM meets its own workers at a port, by default the same for all
+        environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        processes.append(subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, **pipes))
     try:
         outputs = [process.communicate(timeout=LIMIT)[0] for process in processes]
     finally:
@@ -154,9 +162,7 @@ def test_the_server_writes_what_transformers_writes(model_dir: Path, tmp_path: P
 
     from .worker import NEW_TOKENS, greedy
 
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "tests.vllm_engine.cpu", "serve", "--model", str(model_dir)]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     command += ["--dtype", "float32", "--enforce_eager", "true", "--max_model_len", "128"]
