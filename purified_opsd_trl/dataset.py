@@ -6,7 +6,7 @@ what was dropped or truncated is counted and printed. A streamed dataset is chec
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -24,6 +24,21 @@ logger = logging.getLogger(__name__)
 _READ_ROWS = 256  # rows tokenized at once: enough to feed the tokenizer's threads
 
 AnyDataset: TypeAlias = Dataset | IterableDataset
+
+
+def row_blocks(dataset: Dataset) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """
+    Reads a data set block by block.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Data set.
+
+    Returns:
+        `Iterator[tuple[int, list[dict[str, Any]]]]`: number of a block's first row, and its rows.
+    """
+    for start in range(0, len(dataset), _READ_ROWS):
+        yield start, [dataset[i] for i in range(start, min(start + _READ_ROWS, len(dataset)))]
 
 
 def check_columns(dataset: AnyDataset, name: str, reference_column: str) -> None:
@@ -321,10 +336,14 @@ def prepare_dataset(
             name,
         )
     excess: dict[int, int] = {}
-    for start in tqdm(
-        range(0, len(dataset), _READ_ROWS), desc=f"Checking {name}", unit="block", disable=not show_progress
-    ):
-        rows = [dataset[i] for i in range(start, min(start + _READ_ROWS, len(dataset)))]
+    blocks = tqdm(
+        row_blocks(dataset),
+        total=-(-len(dataset) // _READ_ROWS),
+        desc=f"Checking {name}",
+        unit="block",
+        disable=not show_progress,
+    )
+    for start, rows in blocks:
         for index, row in enumerate(rows, start):
             limit.check(row, f"{name}, row {index}")
         excess.update({start + i: tokens for i, tokens in enumerate(limit.excess(rows, name, start)) if tokens})

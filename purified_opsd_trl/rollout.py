@@ -17,13 +17,11 @@ from trl.trainer.utils import get_config_model_id
 
 from .config import PurifiedOPSDConfig
 from .contexts import Contexts, Prompt
-from .dataset import AnyDataset
+from .dataset import AnyDataset, row_blocks
 from .errors import InputError
 
 
 logger = logging.getLogger(__name__)
-
-_READ_ROWS = 1000  # rows tokenized at once: enough to feed the tokenizer's threads
 
 
 def reserve_vllm_length(
@@ -72,8 +70,7 @@ def reserve_vllm_length(
                 name,
             )
             return
-        for start in range(0, len(dataset), _READ_ROWS):
-            rows = (dataset[i] for i in range(start, min(start + _READ_ROWS, len(dataset))))
+        for _, rows in row_blocks(dataset):
             try:
                 prompts = [build_contexts(row).question for row in rows]
                 longest = max(longest, *map(len, _tokenize(prompts, processing_class, args, tools)))

@@ -20,6 +20,7 @@ _DATASETS_CACHE = tempfile.TemporaryDirectory(prefix="purified-opsd-tests-")
 os.environ["HF_DATASETS_CACHE"] = _DATASETS_CACHE.name
 
 import json  # noqa: E402
+import socket  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -77,6 +78,13 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "granite": {"logits_scaling": 3.0, "attention_multiplier": 0.2},
     "phi": {"partial_rotary_factor": 0.5},  # its head has a bias
 }
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
 
 
 def build_tokenizer(template: str | None = "chatml", add_bos: bool = False) -> PreTrainedTokenizerFast:

@@ -5,7 +5,6 @@ import json
 import logging
 import math
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +30,7 @@ from purified_opsd_trl.markers import (
 )
 from purified_opsd_trl.monitors import DECOMPOSITION_METRICS, THIRDS, EpistemicMonitor
 from tests import reference
+from tests.conftest import free_port
 from tests.test_trainer import Build, build, fixed_rollout, move_student  # noqa: F401  # `build` is a fixture
 
 
@@ -475,9 +475,7 @@ if trainer.accelerator.num_processes > 1:
 
 
 def logs_of(model_dir: Path, folder: Path, processes: int) -> list[dict[str, Any]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     env = {
         **os.environ,
         "OMP_NUM_THREADS": "1",

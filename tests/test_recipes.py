@@ -1,7 +1,6 @@
 """The paper's recipes: their headers, their settings, one training step each, the data builder and `reproduce.sh`."""
 
 import hashlib
-import importlib.util
 import json
 import os
 import re
@@ -20,15 +19,11 @@ from trl.chat_template_utils import deepseek_r1_distill_chat_template, qwen3_cha
 from purified_opsd_trl.evaluate.arguments import parse as parse_evaluate
 from purified_opsd_trl.evaluate.paper import paper_rows
 from purified_opsd_trl.train import check_unknown_keys, main, make_parser
+from recipes import build_data
 from tests.conftest import build_tokenizer
 
 
 ROOT = Path(__file__).parent.parent
-_SPEC = importlib.util.spec_from_file_location("build_data", ROOT / "recipes/build_data.py")
-build_data = importlib.util.module_from_spec(_SPEC)
-sys.modules["build_data"] = build_data  # where `dataclass` looks for it
-_SPEC.loader.exec_module(build_data)
-
 RECIPES = sorted(ROOT.glob("recipes/*/purified_opsd/config_*.yaml"))
 BENCHMARKS = ["aime24", "aime25", "hmmt25"]
 TITLES = {"dasd": "DASD-10K", "mathcot": "Math-CoT-20K"}

@@ -24,6 +24,23 @@ PROMPTS = {
 COMPLETIONS = [[97, 98, 99, 100], [101, 102]]
 
 
+def build_trainer(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    dataset: Dataset,
+    arguments: dict[str, Any],
+    lora: bool = True,
+    **kwargs: Any,
+) -> PurifiedOPSDTrainer:
+    return PurifiedOPSDTrainer(
+        model=model,
+        args=PurifiedOPSDConfig(**{**arguments, **kwargs}),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=2, target_modules=["q_proj"]) if lora else None,
+    )
+
+
 @pytest.fixture(params=["lora", "full", "live", "softcap"])
 def trainer(
     request: pytest.FixtureRequest,
@@ -33,14 +50,14 @@ def trainer(
     arguments: dict[str, Any],
 ) -> PurifiedOPSDTrainer:
     model = make_model("gemma2" if request.param == "softcap" else "qwen3")
-    trainer = PurifiedOPSDTrainer(
-        model=model,
-        args=PurifiedOPSDConfig(
-            **arguments, temperature=0.8, teacher_model_kind="live" if request.param == "live" else "base"
-        ),
-        train_dataset=conversational_dataset,
-        processing_class=tokenizer,
-        peft_config=LoraConfig(r=2, target_modules=["q_proj"]) if request.param == "lora" else None,
+    trainer = build_trainer(
+        model,
+        tokenizer,
+        conversational_dataset,
+        arguments,
+        lora=request.param == "lora",
+        temperature=0.8,
+        teacher_model_kind="live" if request.param == "live" else "base",
     )
     trainer.initial = copy.deepcopy(make_model("gemma2" if request.param == "softcap" else "qwen3"))
     if request.param != "live":  # move the student: the scores must not follow
@@ -138,23 +155,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("gemma2", {"sliding_window": 16}),
     "gemma2 long": ("gemma2", {"sliding_window": 100}),
 }
-
-
-def build_trainer(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    dataset: Dataset,
-    arguments: dict[str, Any],
-    lora: bool = True,
-    **kwargs: Any,
-) -> PurifiedOPSDTrainer:
-    return PurifiedOPSDTrainer(
-        model=model,
-        args=PurifiedOPSDConfig(**{**arguments, **kwargs}),
-        train_dataset=dataset,
-        processing_class=tokenizer,
-        peft_config=LoraConfig(r=2, target_modules=["q_proj"]) if lora else None,
-    )
 
 
 @pytest.mark.parametrize("most", [1, 4, 10])

@@ -1,9 +1,6 @@
 """The step simulator: what it counts against real models and torch's own count."""
 
 import dataclasses
-import importlib.util
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,20 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-
-FILE = Path(__file__).parents[1] / "recipes" / "simulate_step.py"
-
-
-@pytest.fixture(scope="module")
-def simulation() -> ModuleType:
-    import sys
-
-    spec = importlib.util.spec_from_file_location("simulate_step", FILE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["simulate_step"] = module  # its dataclasses look themselves up
-    spec.loader.exec_module(module)
-    return module
+from recipes import simulate_step as simulation
 
 
 def counted(model: Any, length: int, backward: bool = False) -> int:
@@ -47,7 +31,7 @@ def rotary(model: Any, length: int) -> int:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_weights_and_forward_flops(simulation: ModuleType, make_model_dir: Any, tied: bool) -> None:
+def test_weights_and_forward_flops(make_model_dir: Any, tied: bool) -> None:
     folder = make_model_dir(tied=tied)
     dimensions = simulation.read_model(str(folder))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", attn_implementation="eager")
@@ -58,7 +42,7 @@ def test_weights_and_forward_flops(simulation: ModuleType, make_model_dir: Any, 
         assert counted(model, length) == expected + rotary(dimensions, length)
 
 
-def test_passes_of_a_student_step(simulation: ModuleType, make_model_dir: Any) -> None:
+def test_passes_of_a_student_step(make_model_dir: Any) -> None:
     # Of a full step: one forward, and twice as much backward; the head, which the loss pays for, set apart
     folder = make_model_dir()
     dimensions = simulation.read_model(str(folder))
@@ -75,11 +59,11 @@ def test_passes_of_a_student_step(simulation: ModuleType, make_model_dir: Any) -
     ("name", "billions"),
     [("0.6B", 0.596), ("1.7B", 1.72), ("4B", 4.02), ("8B", 8.19), ("32B", 32.8)],
 )
-def test_presets_have_the_published_sizes(simulation: ModuleType, name: str, billions: float) -> None:
+def test_presets_have_the_published_sizes(name: str, billions: float) -> None:
     assert simulation.PRESETS[f"Qwen/Qwen3-{name}"].weights == pytest.approx(billions * 1e9, rel=0.01)
 
 
-def test_a_preset_equals_a_model_of_its_config(simulation: ModuleType) -> None:
+def test_a_preset_equals_a_model_of_its_config() -> None:
     preset = simulation.PRESETS["Qwen/Qwen3-0.6B"]
     config = AutoConfig.for_model(
         "qwen3",
@@ -92,7 +76,7 @@ def test_a_preset_equals_a_model_of_its_config(simulation: ModuleType) -> None:
     assert preset.weights == sum(p.numel() for p in model.parameters() if p.ndim == 2)
 
 
-def test_phases_follow_their_definitions(simulation: ModuleType) -> None:
+def test_phases_follow_their_definitions() -> None:
     model = simulation.PRESETS["Qwen/Qwen3-8B"]
     machine = simulation.Machine(gpus=8)
     step = simulation.Step(reference=4096)
@@ -116,7 +100,7 @@ def test_phases_follow_their_definitions(simulation: ModuleType) -> None:
     assert purified["generation"].bytes == tokens + cache
 
 
-def test_sharding_and_gpus(simulation: ModuleType) -> None:
+def test_sharding_and_gpus() -> None:
     model = simulation.PRESETS["Qwen/Qwen3-8B"]
 
     def seconds(**changes: Any) -> dict[str, float]:
@@ -132,9 +116,7 @@ def test_sharding_and_gpus(simulation: ModuleType) -> None:
     assert seconds(gpus=8, generation_gpus=1)["generation"] > eight["generation"]
 
 
-def test_the_command_prints_a_table_for_each_reference(
-    simulation: ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_prints_a_table_for_each_reference(capsys: pytest.CaptureFixture[str]) -> None:
     simulation.main(["--model", "Qwen/Qwen3-4B", "--gpus", "2", "--references", "512", "4096", "--no-checkpointing"])
     output = capsys.readouterr().out
     assert output.count("| step |") == 2 and "Reference of 4,096 tokens on 2 GPUs" in output

@@ -19,14 +19,15 @@ from torch import Tensor
 from ..loss import FrozenStates, LMHead, LossSettings, token_loss
 from ..purification import divergence, purified_target_logits
 from .measure import (
+    CLOCKS,
     Contender,
     Measurement,
     add_common_arguments,
     alternate,
     as_json,
-    choose_device,
     environment,
     markdown_table,
+    parse,
     select,
     show_bytes,
     show_ratio,
@@ -227,7 +228,6 @@ def make_parser() -> argparse.ArgumentParser:
         prog="purified-opsd bench loss",
         description="Time forward and backward of the loss: ours, the naive formula, TRL's kernel, Liger's.",
     )
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="cpu", help="sizes; single flags override it")
     parser.add_argument("--tokens", type=int, help="N")
     parser.add_argument("--hidden", type=int, help="H")
     parser.add_argument("--vocab", type=int, help="V")
@@ -238,19 +238,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--chunk-size", type=int, help="tokens of one chunk; default: from the memory budget")
     parser.add_argument("--memory-budget", type=int, default=512, help="MiB of scratch memory")
     parser.add_argument("--compile", action="store_true", help="also compile the naive formula, and Liger's loss")
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="clock of the table; JSON has both")
-    add_common_arguments(parser, "loss")
+    add_common_arguments(parser, "loss", PRESETS)
     return parser
 
 
 def run(argv: Sequence[str]) -> int:
     """Runs the benchmark; returns the exit status."""
-    parser = make_parser()
-    parser.set_defaults(**PRESETS[parser.parse_known_args(argv)[0].preset])
-    args = parser.parse_args(argv)
-    device = choose_device(args.device)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
+    args, device = parse(make_parser(), PRESETS, argv)
     work = make_workload(args, device)
     results = alternate(select(make_contenders(work, args.compile), args.contenders), args.repetitions, device)
     names = ("tokens", "hidden", "vocab", "dtype", "head", "beta", "logit_std", "chunk_size", "memory_budget")
@@ -260,6 +254,5 @@ def run(argv: Sequence[str]) -> int:
         "environment": environment(device),
         "contenders": {name: as_json(result) for name, result in results.items()},
     }
-    clock = "seconds" if args.clock == "wall" else "cpu_seconds"
-    write_report(report, "Forward and backward of the loss", table(results, clock), args.output)
+    write_report(report, "Forward and backward of the loss", table(results, CLOCKS[args.clock]), args.output)
     return 0

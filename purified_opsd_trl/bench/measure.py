@@ -13,7 +13,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from ..errors import InputError
 
 _CLEAR_PEAK = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
+# value of `--clock` -> the times it means, as [`Measurement`] names them
+CLOCKS = {"wall": "seconds", "cpu": "cpu_seconds"}
 _PACKAGES = ("purified_opsd_trl", "torch", "triton", "transformers", "trl", "peft", "liger-kernel")
 
 
@@ -177,14 +179,44 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def add_common_arguments(parser: argparse.ArgumentParser, name: str) -> None:
-    """Flags that both benchmarks have."""
+def add_common_arguments(parser: argparse.ArgumentParser, name: str, presets: Iterable[str]) -> None:
+    """Flags that all benchmarks have."""
+    parser.add_argument("--preset", choices=sorted(presets), default="cpu", help="sizes; single flags override it")
+    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="clock of the table; JSON has both")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes a GPU if there is one")
     parser.add_argument("--threads", type=int, help="threads of torch on the CPU")
     parser.add_argument("--repetitions", type=int, default=5, help="timed rounds")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--contenders", nargs="+", help="only these, by name")
     parser.add_argument("--output", type=Path, default=Path("outputs/bench") / name, help="<output>.json, <output>.md")
+
+
+def parse(
+    parser: argparse.ArgumentParser, presets: Mapping[str, Mapping[str, Any]], argv: Sequence[str]
+) -> tuple[argparse.Namespace, torch.device]:
+    """
+    Parses the flags over their preset, and sets the number of threads.
+
+    Args:
+        parser (`argparse.ArgumentParser`):
+            A benchmark's flags, the common ones among them.
+        presets (`Mapping[str, Mapping[str, Any]]`):
+            Values by preset and flag.
+        argv (`Sequence[str]`):
+            The command line.
+
+    Returns:
+        `tuple[argparse.Namespace, torch.device]`: values and device.
+
+    Raises:
+        [`InputError`]: if the device is not there.
+    """
+    parser.set_defaults(**presets[parser.parse_known_args(argv)[0].preset])
+    args = parser.parse_args(argv)
+    device = choose_device(args.device)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    return args, device
 
 
 def choose_device(name: str) -> torch.device:

@@ -21,14 +21,15 @@ from transformers import DynamicCache
 
 from ..extras import require_extra
 from .measure import (
+    CLOCKS,
     Contender,
     Measurement,
     add_common_arguments,
     alternate,
     as_json,
-    choose_device,
     environment,
     markdown_table,
+    parse,
     select,
     show_bytes,
     show_ratio,
@@ -165,7 +166,6 @@ def make_parser() -> argparse.ArgumentParser:
         prog="purified-opsd bench scoring",
         description="Time scoring with the reference first: its prefix run twice, once, or not at all.",
     )
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="cpu", help="sizes; single flags override it")
     for name, text in {
         "layers": "decoder layers",
         "hidden": "hidden units",
@@ -178,20 +178,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--references", type=int, nargs="+", help="tokens of a reference, one run each")
     parser.add_argument("--same-reference", action="store_true", help="all rows carry one reference")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="clock of the table; JSON has both")
-    add_common_arguments(parser, "scoring")
+    add_common_arguments(parser, "scoring", PRESETS)
     return parser
 
 
 def run(argv: Sequence[str]) -> int:
     """Runs the benchmark; returns the exit status."""
-    parser = make_parser()
-    parser.set_defaults(**PRESETS[parser.parse_known_args(argv)[0].preset])
-    args = parser.parse_args(argv)
+    args, device = parse(make_parser(), PRESETS, argv)
     require_extra("peft", "`bench scoring`")
-    device = choose_device(args.device)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(args, device, Path(folder))
@@ -208,6 +202,5 @@ def run(argv: Sequence[str]) -> int:
             for reference, contenders in results.items()
         },
     }
-    clock = "seconds" if args.clock == "wall" else "cpu_seconds"
-    write_report(report, "Scoring with the reference first", table(results, clock), args.output)
+    write_report(report, "Scoring with the reference first", table(results, CLOCKS[args.clock]), args.output)
     return 0

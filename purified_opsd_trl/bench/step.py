@@ -23,14 +23,15 @@ from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
 from ..extras import require_extra
 from .measure import (
+    CLOCKS,
     Contender,
     Measurement,
     add_common_arguments,
     alternate,
     as_json,
-    choose_device,
     environment,
     markdown_table,
+    parse,
     select,
     show_bytes,
     show_ratio,
@@ -262,7 +263,6 @@ def make_parser() -> argparse.ArgumentParser:
         prog="purified-opsd bench step",
         description="Time whole optimisation steps, generation apart: ours purified, ours plain, TRL's SDFT.",
     )
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="cpu", help="sizes; single flags override it")
     for name, text in {
         "layers": "decoder layers",
         "hidden": "hidden units",
@@ -279,20 +279,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--memory-budget", type=int, default=512, help="MiB of scratch memory of our loss")
     parser.add_argument("--generation", action="store_true", help="also time sampling the completions, once")
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="clock of the table; JSON has both")
-    add_common_arguments(parser, "step")
+    add_common_arguments(parser, "step", PRESETS)
     return parser
 
 
 def run(argv: Sequence[str]) -> int:
     """Runs the benchmark; returns the exit status."""
-    parser = make_parser()
-    parser.set_defaults(**PRESETS[parser.parse_known_args(argv)[0].preset])
-    args = parser.parse_args(argv)
+    args, device = parse(make_parser(), PRESETS, argv)
     require_extra("peft", "`bench step`")
-    device = choose_device(args.device)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(args, device, Path(folder))
         makers = {
@@ -311,7 +305,7 @@ def run(argv: Sequence[str]) -> int:
         "generation": generation,
         "contenders": {name: as_json(result) for name, result in results.items()},
     }
-    clock = "seconds" if args.clock == "wall" else "cpu_seconds"
+    clock = CLOCKS[args.clock]
     lines = table(results, clock, generation)
     if generation is not None:
         lines += ["", f"Sampling the completions with transformers: {generation[clock]:.1f} s, {args.clock} clock"]

@@ -152,9 +152,7 @@ def draw_settings(results: list[dict[str, Any]], path: Path) -> None:
             axis.plot(steps, values, line, color=colour, label=label, linewidth=2)
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("step")
-        axis.set_ylim(0, None if key == "waits" else 1.03)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25)
+        _style(axis, key)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(SWEEP), frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -169,6 +167,10 @@ def _draw_panel(axis: Any, runs: list[dict[str, Any]], decoding: str, key: str) 
         axis.fill_between(steps, [*map(min, values)], [*map(max, values)], color=COLOURS[target], alpha=0.18, lw=0)
     base = statistics.fmean(run["curve"][0][decoding][key] for run in runs)
     axis.axhline(base, color=COLOURS["base"], linestyle="--", linewidth=1.2, label=NAMES["base"])
+    _style(axis, key)
+
+
+def _style(axis: Any, key: str) -> None:
     axis.set_ylim(0, None if key == "waits" else 1.03)
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.25)

@@ -4,7 +4,6 @@ import importlib.util
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from ..conftest import free_port
 from .jobs import Job
 
 
@@ -95,9 +95,7 @@ class World:
 
     def start(self) -> "World":
         """Starts the processes; each writes to a log of its own."""
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
+        port = free_port()
         for rank in range(self.num_processes):
             env = environment(self.backend, self.folder) | {
                 **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.num_processes)},
