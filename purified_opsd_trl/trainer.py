@@ -25,6 +25,7 @@ from .config import PurifiedOPSDConfig
 from .contexts import Contexts, Prompt, build_contexts
 from .dataset import AnyDataset, ReferenceLimit, check_columns, prepare_dataset
 from .errors import InputError
+from .extras import require_extra
 from .loss import FrozenStates, LMHead, LossSettings, required_states, token_loss
 from .markers import MarkerCounter, TokenClassifier
 from .metrics import TokenMeans, loss_sums, reduce_loss_sums, scoring_metrics
@@ -140,6 +141,8 @@ class PurifiedOPSDTrainer(WholeCheckpoints, DistillationTrainer):
             raise InputError(f"`args` must be a PurifiedOPSDConfig, got {type(args).__name__}.")
         for name, dataset in _named_datasets(train_dataset, eval_dataset):
             check_columns(dataset, name, args.reference_column)  # before the model is loaded
+        if args.use_vllm:
+            require_extra("vllm", "`use_vllm`")
 
         self.args = args  # `build_contexts` reads it
         reserve_vllm_length(

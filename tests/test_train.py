@@ -1,5 +1,6 @@
 """The training script and the command line."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -234,10 +235,14 @@ def test_a_system_prompt_without_effect_is_refused(conversational_dataset: Datas
         map_columns(conversational_dataset, PurifiedOPSDScriptArguments(system_prompt="x"))
 
 
-def test_a_missing_extra_is_named(recipe: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=r'pip install "purified-opsd-trl\[peft\]"'):
-        run([*recipe(), "--use_peft"])
+@pytest.mark.parametrize(("setting", "extra"), [("use_peft", "peft"), ("use_vllm", "vllm")])
+def test_a_missing_extra_is_named(
+    recipe: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, setting: str, extra: str
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *args: None if name == extra else find(name, *args))
+    with pytest.raises(SystemExit, match=rf'`{setting}` needs .*pip install "purified-opsd-trl\[{extra}\]"'):
+        run([*recipe(), f"--{setting}"])
 
 
 def test_resuming_is_off_by_default(recipe: Callable[..., list[str]]) -> None:
