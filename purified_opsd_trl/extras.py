@@ -9,7 +9,7 @@ def require_extra(extra: str, wanted_by: str, module: str | None = None) -> None
 
     Args:
         extra (`str`):
-            Name of the extra: `"peft"`, `"vllm"`, `"deepspeed"`, `"wandb"`, `"eval"` or `"plot"`.
+            Name of the extra: `"peft"`, `"vllm"`, `"deepspeed"`, `"quantization"`, `"wandb"`, `"eval"` or `"plot"`.
         wanted_by (`str`):
             The setting that needs it, for the message.
         module (`str`, *optional*):

@@ -187,6 +187,8 @@ def check_checkpoint(training_args: PurifiedOPSDConfig) -> str | bool | None:
 def _check_extras(training_args: PurifiedOPSDConfig, model_args: ModelConfig) -> None:
     if model_args.use_peft:
         require_extra("peft", "`use_peft`")
+    if model_args.load_in_4bit or model_args.load_in_8bit:
+        require_extra("quantization", "`load_in_4bit` or `load_in_8bit`", module="bitsandbytes")
     if training_args.deepspeed is not None:
         require_extra("deepspeed", "`deepspeed`")
     if "wandb" in (training_args.report_to or []):

@@ -235,13 +235,20 @@ def test_a_system_prompt_without_effect_is_refused(conversational_dataset: Datas
         map_columns(conversational_dataset, PurifiedOPSDScriptArguments(system_prompt="x"))
 
 
-@pytest.mark.parametrize(("setting", "extra"), [("use_peft", "peft"), ("use_vllm", "vllm")])
+@pytest.mark.parametrize(
+    ("setting", "extra", "module"),
+    [
+        ("use_peft", "peft", "peft"),
+        ("use_vllm", "vllm", "vllm"),
+        ("load_in_4bit", "quantization", "bitsandbytes"),
+    ],
+)
 def test_a_missing_extra_is_named(
-    recipe: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, setting: str, extra: str
+    recipe: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, setting: str, extra: str, module: str
 ) -> None:
     find = importlib.util.find_spec
-    monkeypatch.setattr("importlib.util.find_spec", lambda name, *args: None if name == extra else find(name, *args))
-    with pytest.raises(SystemExit, match=rf'`{setting}` needs .*pip install "purified-opsd-trl\[{extra}\]"'):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *args: None if name == module else find(name, *args))
+    with pytest.raises(SystemExit, match=rf'`{setting}`.* needs .*pip install "purified-opsd-trl\[{extra}\]"'):
         run([*recipe(), f"--{setting}"])
 
 

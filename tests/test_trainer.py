@@ -4,13 +4,20 @@ import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from peft import LoraConfig, PromptTuningConfig
-from transformers import PreTrainedModel, TrainerCallback
+from peft import (
+    LoraConfig,
+    PromptTuningConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, TrainerCallback
 from trl import DistillationConfig
 
 from purified_opsd_trl import (
@@ -209,6 +216,46 @@ def test_every_kind_of_head_is_exact(build: Build, architecture: str, lora: bool
             torch.testing.assert_close(
                 parameter.grad.double(), expected_grads[name], rtol=1e-3, atol=1e-5 * scale, msg=name
             )
+
+
+def test_qlora_equals_the_computation_by_hand(build: Build, model_dir: Path) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="the extra `quantization` is not installed")
+    in_4_bits = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    trainer = build(lora=True, trainer_kwargs={"model": str(model_dir), "quantization_config": in_4_bits})
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            assert parameter.dtype == torch.bfloat16  # TRL's choice; here it would hide errors of less than 1 %
+            parameter.data = parameter.data.float()
+    move_student(trainer)
+    fixed_rollout(trainer)
+    rows = first_rows(trainer, 2)
+
+    # A model without quantisation that holds what the four bits stand for, and a student of it with the same adapter
+    initial = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    quantized = 0
+    for name, module in trainer.model.get_base_model().named_modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            weight = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            layer = initial.get_submodule(name.removesuffix(".base_layer"))
+            assert not torch.equal(layer.weight, weight)
+            layer.weight.data.copy_(weight)
+            quantized += 1
+    assert quantized == 7 * initial.config.num_hidden_layers  # every linear layer but the head
+    student = get_peft_model(copy.deepcopy(initial), copy.deepcopy(LORA))
+    set_peft_model_state_dict(student, get_peft_model_state_dict(trainer.model))
+    twin: Any = SimpleNamespace(args=trainer.args, processing_class=trainer.processing_class, model=student)
+    expected_loss, expected_grads = by_hand(twin, rows, completions_for(trainer, rows), initial)
+
+    assert one_step(trainer, rows) == pytest.approx(expected_loss, rel=1e-5, abs=1e-6)
+    scale = max(grad.abs().max().item() for grad in expected_grads.values())
+    for name, grad in expected_grads.items():
+        own = trainer.model.get_parameter(name).grad
+        torch.testing.assert_close(own.double(), grad, rtol=1e-3, atol=1e-5 * scale, msg=name)
 
 
 def weights_after_one_step(build: Build, **fields: Any) -> dict[str, torch.Tensor]:
