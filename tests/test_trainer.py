@@ -558,7 +558,7 @@ def test_the_model_card_cites_the_paper(build: Build) -> None:
     trainer = build(save_strategy="steps", save_steps=2)
     trainer.train()
     card = (Path(trainer.args.output_dir) / "README.md").read_text()
-    assert "2607.02234" in card and "Purified OPSD" in card
+    assert "2607.02234" in card and "Purified OPSD" in card and "Zhanming Shen" in card
 
 
 def test_resuming_continues_where_training_stopped(build: Build) -> None:

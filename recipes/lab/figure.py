@@ -8,8 +8,12 @@ import argparse
 import json
 import statistics
 from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from recipes.lab.run import Run
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -36,6 +40,7 @@ def setting(run: dict[str, Any]) -> str:
     )
     parts += [f"{run['teacher']} teacher"] * (run["teacher"] != "base")
     parts += [f"lag {run['lag']}"] * (run["lag"] != 0)
+    parts += [f"learning rate {run['learning_rate']:g}"] * (run["learning_rate"] != 1e-3)
     return ", ".join(parts)
 
 
@@ -125,15 +130,22 @@ SWEEP = (
     ({"pmi_clip": 2.0}, "c 2", "#a16207", ":"),
     ({"target": "teacher"}, "OPSD", COLOURS["teacher"], "-"),
 )
+LAGS = tuple(
+    ({"target": target, "lag": lag, "learning_rate": 2e-4, "steps": 120}, f"{NAMES[target]}, lag {lag}", colour, line)
+    for target, colour in list(COLOURS.items())[1:]
+    for lag, line in ((0, "-"), (4, "--"), (16, ":"))
+)
 
 
-def draw_settings(results: list[dict[str, Any]], path: Path) -> None:
+def draw_settings(results: list[dict[str, Any]], settings: Sequence[tuple[Any, str, str, str]], path: Path) -> None:
     """
-    Curves of single runs with other `pmi_beta` and `pmi_clip`, on the first base model of the style world.
+    Curves of the style world at other settings: the mean over base models, one run on each.
 
     Args:
         results (`list[dict]`):
             Results.
+        settings (`Sequence[tuple]`):
+            What differs from the usual purified run, label, colour and line style.
         path (`Path`):
             PNG to write.
     """
@@ -142,28 +154,33 @@ def draw_settings(results: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    usual = next(r["run"] for r in results if setting(r["run"]) == "style, answer only")
-    usual = {**usual, "seed": 0, "repeat": 0, "target": "purified"}
+    usual = {**asdict(Run()), "seed": None}
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
     for axis, (decoding, key, title) in zip(axes, PANELS, strict=False):
-        for change, label, colour, line in SWEEP:
-            curve = next(r["curve"] for r in results if r["run"] == {**usual, **change})
-            steps, values = zip(*((point["step"], point[decoding][key]) for point in curve), strict=True)
-            axis.plot(steps, values, line, color=colour, label=label, linewidth=2)
+        for change, label, colour, line in settings:
+            curves = [r["curve"] for r in results if {**r["run"], "seed": None} == {**usual, **change}]
+            axis.plot(*_mean(curves, decoding, key), line, color=colour, label=label, linewidth=2)
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("step")
         _style(axis, key)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(SWEEP), frameon=False)
+    columns = len(settings) if len(settings) < 6 else 3
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=columns, frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _mean(curves: list[list[dict[str, Any]]], decoding: str, key: str) -> tuple[list[int], list[float]]:
+    """Steps, and the mean over runs at each."""
+    points = [*zip(*curves, strict=True)]
+    return [at[0]["step"] for at in points], [statistics.fmean(point[decoding][key] for point in at) for at in points]
 
 
 def _draw_panel(axis: Any, runs: list[dict[str, Any]], decoding: str, key: str) -> None:
     for target in ("teacher", "purified"):
         curves = [r["curve"] for r in runs if r["run"]["target"] == target]
-        steps = [point["step"] for point in min(curves, key=len)]
-        values = [[curve[i][decoding][key] for curve in curves] for i in range(len(steps))]
-        axis.plot(steps, [*map(statistics.fmean, values)], color=COLOURS[target], label=NAMES[target], linewidth=2)
+        steps, mean = _mean(curves, decoding, key)
+        values = [[point[decoding][key] for point in at] for at in zip(*curves, strict=True)]
+        axis.plot(steps, mean, color=COLOURS[target], label=NAMES[target], linewidth=2)
         axis.fill_between(steps, [*map(min, values)], [*map(max, values)], color=COLOURS[target], alpha=0.18, lw=0)
     base = statistics.fmean(run["curve"][0][decoding][key] for run in runs)
     axis.axhline(base, color=COLOURS["base"], linestyle="--", linewidth=1.2, label=NAMES["base"])

@@ -27,7 +27,7 @@ POOL = 4  # batches that are sorted by length together
 LOG_EVERY = 25  # steps
 WARM_UP = 40  # steps
 LEARNING_RATE = 2e-3
-MIX_STEPS = 500
+MIX_STEPS = 1000
 
 CLEAN = Habits(wrong=0.0, wait_right=0.0, wait_wrong=0.0)
 

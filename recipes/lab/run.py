@@ -50,6 +50,8 @@ class Run:
             `teacher_model_kind`.
         lag (`int`):
             Updates by which the sampler is behind.
+        learning_rate (`float`):
+            Of AdamW, constant.
         steps (`int`):
             Optimizer steps.
     """
@@ -63,6 +65,7 @@ class Run:
     pmi_clip: float = 10.0
     teacher: str = "base"
     lag: int = 0
+    learning_rate: float = 1e-3
     steps: int = 60
 
     @property
@@ -74,6 +77,7 @@ class Run:
             self.pmi_clip != 10.0
         )
         parts += [self.teacher] * (self.teacher != "base") + [f"lag{self.lag}"] * (self.lag != 0)
+        parts += [f"lr{self.learning_rate:g}"] * (self.learning_rate != 1e-3)
         return "-".join(parts)
 
 
@@ -176,6 +180,7 @@ def distil(run: Run, base: Path, eval_every: int = 20, eval_problems: int = 512)
             "pmi_beta": run.pmi_beta,
             "pmi_clip": run.pmi_clip,
             "teacher_model_kind": run.teacher,
+            "learning_rate": run.learning_rate,
             "max_steps": run.steps,
             "seed": run.repeat,
             "output_dir": folder,
