@@ -141,7 +141,8 @@ def test_purified_keeps_accuracy_and_waits_where_opsd_loses_them(results: dict[s
     purified = results["purified"]["curve"][-1]["sampled"]
     print(before, opsd, purified)
     assert opsd["waits"] < 0.5 * before["waits"] < purified["waits"]
-    assert opsd["accuracy"] < before["accuracy"] - 0.05 < purified["accuracy"]
+    assert opsd["accuracy"] < before["accuracy"] - 0.15
+    assert purified["accuracy"] > before["accuracy"] + 0.1  # 0.43, 0.13 and 0.73 where this was written
 
 
 @pytest.mark.slow
