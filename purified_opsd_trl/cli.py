@@ -4,6 +4,9 @@ import argparse
 import importlib.metadata
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
 
 from .errors import InputError
 
@@ -16,9 +19,42 @@ _COMMANDS = {
 }
 
 
+def launch_arguments(from_recipe: list[str], from_command_line: list[str]) -> list[str]:
+    """
+    Arguments of `accelerate launch`: the command line goes before the accelerate file, the file before the recipe.
+
+    To the launcher every argument goes before its file. A recipe's `num_processes: 1` is for those who name no file,
+    so what the file sets is left out of the recipe's arguments.
+
+    Args:
+        from_recipe (`list[str]`):
+            Launcher arguments of the recipe, `--key value` each.
+        from_command_line (`list[str]`):
+            Those of the command line.
+
+    Returns:
+        `list[str]`: with `--accelerate_config` resolved to a file.
+
+    Raises:
+        [`InputError`]: if `--accelerate_config` is neither a file nor the name of one of TRL's.
+    """
+    from trl.cli.accelerate_config import resolve_accelerate_config_argument
+
+    try:
+        arguments = resolve_accelerate_config_argument(from_recipe + from_command_line)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    if "--config_file" not in arguments:
+        return arguments
+    file = Path(arguments[arguments.index("--config_file") + 1])
+    in_file = yaml.safe_load(file.read_text(encoding="utf-8"))
+    pairs = zip(from_recipe[::2], from_recipe[1::2], strict=True)
+    kept = [word for key, value in pairs if key.removeprefix("--") not in in_file for word in (key, value)]
+    return resolve_accelerate_config_argument(kept + from_command_line)
+
+
 def _train(argv: list[str]) -> int:
     from accelerate.commands.launch import launch_command, launch_command_parser
-    from trl.cli.accelerate_config import resolve_accelerate_config_argument
     from trl.cli.commands.training import _subtract_subsequence
 
     from .train import check_unknown_keys, make_parser
@@ -29,7 +65,7 @@ def _train(argv: list[str]) -> int:
         argv, return_remaining_strings=True, separate_remaining_strings=True
     )
     check_unknown_keys(parser, from_config + from_command_line)
-    launch_args = resolve_accelerate_config_argument(from_config + from_command_line)
+    launch_args = launch_arguments(from_config, from_command_line)
     script_args = _subtract_subsequence(argv, from_command_line)
     # quiet: the script has said what is wrong; the launcher's own traceback would bury it
     launch_command(

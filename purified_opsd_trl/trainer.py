@@ -114,8 +114,9 @@ class PurifiedOPSDTrainer(WholeCheckpoints, DistillationTrainer):
         "citation": textwrap.dedent("""\
             @article{purifiedopsd2026,
                 title        = {{Purified OPSD: On-Policy Self-Distillation Without Losing How to Think}},
-                author       = {Zhanming Shen and Jintao Tong and Shaotian Yan and Chen Shen and Hao Chen and Wentao Ye
-                                and Xiaomeng Hu and Rui Miao and Haobo Wang and Junbo Zhao and Gang Chen and Jieping Ye},
+                author       = {Zhanming Shen and Jintao Tong and Shaotian Yan and Chen Shen and Hao Chen and
+                                Wentao Ye and Xiaomeng Hu and Rui Miao and Haobo Wang and Junbo Zhao and
+                                Gang Chen and Jieping Ye},
                 year         = 2026,
                 eprint       = {arXiv:2607.02234},
             }"""),

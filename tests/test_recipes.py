@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 import yaml
-from accelerate.commands.launch import launch_command_parser
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from trl.chat_template_utils import deepseek_r1_distill_chat_template, qwen3_chat_template
 
+from purified_opsd_trl.cli import launch_arguments
+from purified_opsd_trl.errors import InputError
 from purified_opsd_trl.evaluate.arguments import parse as parse_evaluate
 from purified_opsd_trl.evaluate.paper import paper_rows
 from purified_opsd_trl.train import check_unknown_keys, main, make_parser
@@ -65,6 +67,45 @@ recipe = pytest.mark.parametrize("path", RECIPES, ids=["-".join(names(path)) for
 
 def test_every_model_has_a_recipe_for_both_data_sets() -> None:
     assert {names(path) for path in RECIPES} == {(model, data) for model in MODELS for data in TITLES}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "processes", "machines"),
+    [
+        ("", 1, 1),
+        ("--accelerate_config {}/zero3.yaml", 8, 1),
+        ("--accelerate_config {}/zero3_2nodes.yaml --machine_rank 1 --main_process_ip 10.0.0.1", 16, 2),
+        ("--config_file {}/fsdp2.yaml --num_processes 4", 4, 1),
+        ("--accelerate_config multi_gpu", 8, 1),  # one of TRL's own
+    ],
+)
+def test_the_accelerate_file_goes_before_the_recipe(arguments: str, processes: int, machines: int) -> None:
+    config = ROOT / "recipes" / "Qwen3-8B" / "purified_opsd" / "config_dasd.yaml"
+    *_, from_recipe, from_command_line = make_parser().parse_args_and_config(
+        [
+            "--config",
+            str(config),
+            *shlex.split(arguments.format(ROOT / "recipes" / "accelerate_configs")),
+            "--use_cpu",
+            "True",
+        ],
+        return_remaining_strings=True,
+        separate_remaining_strings=True,
+    )
+    assert "--num_processes" in from_recipe
+    launch, _, _ = _validate_launch_command(
+        launch_command_parser().parse_args(
+            [*launch_arguments(from_recipe, from_command_line), "-m", "purified_opsd_trl.train"]
+        )
+    )
+    assert (launch.num_processes, launch.num_machines) == (processes, machines)
+    assert launch.use_deepspeed == ("zero3" in arguments) and launch.use_fsdp == ("fsdp2" in arguments)
+    assert launch.mixed_precision == "bf16"
+
+
+def test_an_unknown_accelerate_config_is_refused() -> None:
+    with pytest.raises(InputError, match="zero9 is neither a file nor"):
+        launch_arguments([], ["--accelerate_config", "zero9"])
 
 
 @recipe
