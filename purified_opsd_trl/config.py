@@ -107,7 +107,7 @@ class PurifiedOPSDConfig(DistillationConfig):
             sampled token y; `beta` and `kl_clip` play no part.
         kl_clip (`float`, *optional*):
             Upper bound, in nats, of what one vocabulary entry may contribute to a token's divergence (a stabiliser
-            of plain OPSD). `None` switches it off. The gradient is zero where the bound holds.
+            of plain OPSD). `None` switches it off. An entry at the bound has no derivative of its own.
         loss_chunk_size (`int`, *optional*):
             Tokens whose logits exist at once. `None` chooses it from `loss_memory_budget`.
         loss_memory_budget (`int`, *optional*, defaults to `512`):

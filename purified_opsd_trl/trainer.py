@@ -70,7 +70,7 @@ class PurifiedOPSDTrainer(WholeCheckpoints, DistillationTrainer):
     >>> from purified_opsd_trl import PurifiedOPSDTrainer
     >>> from datasets import load_dataset
 
-    >>> dataset = load_dataset("json", data_files="problems.jsonl", split="train")  # columns: prompt, reference
+    >>> dataset = load_dataset("json", data_files="messages.jsonl", split="train")  # prompt: messages; reference: text
     >>> trainer = PurifiedOPSDTrainer(model="Qwen/Qwen3-0.6B", train_dataset=dataset)
     >>> trainer.train()
     ```

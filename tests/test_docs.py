@@ -67,21 +67,20 @@ def small_world(
     """
     A folder in which the pages' code runs as it stands.
 
-    A hub id is a relative path too, here of a tiny model, and `problems.jsonl` has the columns of all pages.
+    A hub id is a relative path too, here of a tiny model; the pages speak of two files of data.
     """
     monkeypatch.chdir(tmp_path)
     (tmp_path / "Qwen").mkdir()
     (tmp_path / "Qwen" / "Qwen3-0.6B").symlink_to(make_model_dir())
-    rows = [
-        {
-            "prompt": [{"role": "user", "content": row["prompt"]}],
-            "problem": row["prompt"],
-            "reference": row["reference"],
-            "solution": row["reference"],
-        }
-        for row in read_rows("standard")
-    ]
-    (tmp_path / "problems.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    rows = read_rows("standard")
+    files = {
+        "problems": [{"problem": row["prompt"], "solution": row["reference"]} for row in rows],
+        "messages": [
+            {"prompt": [{"role": "user", "content": row["prompt"]}], "reference": row["reference"]} for row in rows
+        ],
+    }
+    for name, written in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, written)), encoding="utf-8")
 
 
 @_pages_with("python")
