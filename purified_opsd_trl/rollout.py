@@ -111,15 +111,16 @@ def merge_without_drift(generation: Any) -> None:
 
     def iterate() -> Iterator[tuple[str, torch.Tensor]]:
         model = generation.model
-        layers = {
-            generation._fix_param_name_to_vllm(f"{name.removeprefix('base_model.model.')}.weight"): module
-            for name, module in model.named_modules()
-            if isinstance(module, BaseTunerLayer) and hasattr(module, "merge")
-        }
+        layers = {}
+        for name, module in model.named_modules():
+            if isinstance(module, BaseTunerLayer) and hasattr(module, "merge"):
+                owner = name.removeprefix("base_model.model.").replace(".base_layer", "")  # TRL's own naming
+                for parameter in _changed_by(module):
+                    layers[generation._fix_param_name_to_vllm(f"{owner}.{parameter}")] = module, parameter
         with _without_merging(model):
             for name, weight in original():
                 if name in layers:
-                    with _merged(layers[name]) as weight:
+                    with _merged(*layers[name]) as weight:
                         yield name, weight
                 else:
                     yield name, weight
@@ -137,15 +138,23 @@ def _without_merging(model: Any) -> Iterator[None]:
         del model.merge_adapter, model.unmerge_adapter
 
 
+def _changed_by(layer: Any) -> list[str]:
+    """Names of the base layer's parameters that merging changes: one, where an adapter targets a bare parameter."""
+    if hasattr(layer, "parameter_name"):
+        return [layer.parameter_name]
+    return [name for name, _ in layer.get_base_layer().named_parameters(recurse=False)]
+
+
 @contextmanager
-def _merged(layer: Any) -> Iterator[torch.Tensor]:
-    """The whole weight of one layer with its adapter; afterwards the base weight is the very one it was."""
-    base = layer.get_base_layer().weight
-    kept = base.data.clone()
+def _merged(layer: Any, parameter: str) -> Iterator[torch.Tensor]:
+    """A whole parameter of one layer with its adapter; afterwards the base is the very one it was."""
+    base = layer.get_base_layer()
+    kept = {name: getattr(base, name).data.clone() for name in _changed_by(layer)}
     layer.merge()
     try:
-        merged = layer.get_base_layer().weight
+        merged = getattr(base, parameter)
         yield merged.full_tensor() if hasattr(merged, "full_tensor") else merged.data
     finally:
         layer.unmerge()
-        base.data.copy_(kept)
+        for name, data in kept.items():
+            getattr(base, name).data.copy_(data)

@@ -37,16 +37,31 @@ def trained(model: PreTrainedModel, **config: Any) -> Any:
     return peft_model
 
 
+EXPERTS = {
+    "target_modules": ["q_proj"],
+    "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],  # one wrapper around another
+}
+HEAD = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+
+
 @pytest.mark.parametrize(
-    "config",
-    [{}, {"use_dora": True}, {"use_rslora": True}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}],
-    ids=["lora", "dora", "rslora", "trained_head"],
+    ("architecture", "config"),
+    [
+        ("qwen3", {}),
+        ("qwen3", {"use_dora": True}),
+        ("qwen3", {"use_rslora": True}),
+        ("qwen3", HEAD),
+        ("phi", {"lora_bias": True, "target_modules": ["q_proj", "dense"]}),
+        ("qwen3_moe", EXPERTS),
+    ],
+    ids=["lora", "dora", "rslora", "trained_head", "bias", "experts"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_weights_sent_are_trls_and_the_base_stays(
-    make_model: Callable[..., PreTrainedModel], config: dict[str, Any], dtype: torch.dtype
+    make_model: Callable[..., PreTrainedModel], architecture: str, config: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    model = trained(make_model().to(dtype), **config)
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    model = trained(make_model(architecture, **(experts if config is EXPERTS else {})).to(dtype), **config)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     generation = generation_of(model)
     expected = {name: weight.clone() for name, weight in generation._iter_named_params()}
