@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate import PartialState
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .errors import InputError
@@ -110,6 +111,11 @@ class WholeCheckpoints(Trainer):
         if self.args.should_save:
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
+        # A checkpoint written without one of these (by another trainer) left no entry for it, and saving wants one
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ExportableState):
+                states: Any = self.state.stateful_callbacks  # a dict, whatever its annotation says
+                states.setdefault(type(callback).__name__, {})
         super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir: str) -> None:

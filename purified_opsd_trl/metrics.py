@@ -5,6 +5,7 @@ A mean of per-process or per-micro-batch means would weigh a token in a short co
 Here every token of a logging window counts the same.
 """
 
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -76,6 +77,17 @@ def loss_sums(result: "TokenLoss", num_tokens: torch.Tensor, seconds: float) -> 
     }
     sums = {name: values.sum() for name, values in per_token.items() if values is not None}
     return {**sums, "tokens": num_tokens, "seconds": torch.tensor(seconds, device=num_tokens.device)}
+
+
+def clock(device: torch.device) -> float:
+    """
+    The host's clock in seconds, read once a GPU has done what it was given.
+
+    The trainer reads numbers off the device right before and right after what it times, so the wait costs nothing.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def reduce_loss_sums(

@@ -14,7 +14,6 @@ Every process runs the same collectives: whether a step is looked at depends on 
 
 import logging
 import os
-import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +25,7 @@ from .decomposition import STATISTICS, decomposition_stats, project_logits
 from .guard import MarkerSums, RateGuard
 from .loss import LMHead, _projector, gathered_heads
 from .markers import PAPER_MARKERS, TOKEN_CLASSES, MarkerCounter, TokenClassifier, distinct, has_answer
+from .metrics import clock
 
 
 if TYPE_CHECKING:
@@ -169,16 +169,16 @@ class DecompositionMonitor(TrainerCallback):
         """
         if "decomposition_positions" not in inputs:
             return
-        started = time.perf_counter()
-        positions = inputs["decomposition_positions"]
+        started = clock(student_hidden.device)
+        device = student_head.weight.device  # `device_map` may have put hidden states and inputs elsewhere
+        positions = inputs["decomposition_positions"].to(device)
         present = positions >= 0
-        device = student_head.weight.device
-        student = _rows_at(student_hidden.detach(), positions)[present].to(device)
+        student = _rows_at(student_hidden.detach().to(device), positions)[present]
         teacher, reference_only = (
-            inputs[f"decomposition_{context}"][present].to(device) for context in ("teacher", "reference_only")
+            inputs[f"decomposition_{context}"].to(device)[present] for context in ("teacher", "reference_only")
         )
-        groups = inputs["decomposition_groups"][present].to(device)
-        labels = inputs["completion_ids"].gather(1, positions.clamp(min=0))[present].to(device)
+        groups = inputs["decomposition_groups"].to(device)[present]
+        labels = inputs["completion_ids"].to(device).gather(1, positions.clamp(min=0))[present]
         sums = torch.zeros(len(_GROUPS), len(STATISTICS) + 1, dtype=torch.float64)
         with gathered_heads(student_head, frozen_head):
             trained, frozen = (_projector(head, self.temperature) for head in (student_head, frozen_head))
@@ -193,7 +193,7 @@ class DecompositionMonitor(TrainerCallback):
                 at_label = [part.gather(-1, labels[chunk].unsqueeze(-1)).squeeze(-1) for part in parts]
                 self._remember(labels[chunk], groups[chunk], torch.stack(at_label, dim=-1))
         self._sums = sums if self._sums is None else self._sums + sums
-        self._seconds = time.perf_counter() - started
+        self._seconds = clock(device) - started
 
     def _remember(self, labels: torch.Tensor, groups: torch.Tensor, deltas: torch.Tensor) -> None:
         pieces = self.classifier.pieces(labels.tolist())

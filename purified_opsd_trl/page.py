@@ -177,7 +177,8 @@ def line_chart(title: str, series: Series, *, x_label: str = "step", description
 def _limits(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
     if low == high:
-        return low - 0.5, high + 0.5
+        margin = max(0.5, 1e-3 * abs(low))
+        return low - margin, high + margin
     return low, high
 
 

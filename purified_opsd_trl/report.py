@@ -4,9 +4,12 @@
 
 import importlib.metadata
 import json
+import logging
+import math
 import os
 import platform
 from collections.abc import Sequence
+from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,8 @@ from transformers.trainer_callback import ExportableState
 
 from .page import line_chart, page, table
 
+
+logger = logging.getLogger(__name__)
 
 SAMPLES = 3  # completions kept from the first and from the last step
 _PACKAGES = (
@@ -117,9 +122,12 @@ class ReportCallback(TrainerCallback, ExportableState):
     ) -> None:
         if not state.is_world_process_zero or not args.output_dir:
             return
-        os.makedirs(args.output_dir, exist_ok=True)
-        text = render(state.log_history, args, self.early, self.late, state.global_step)
-        Path(args.output_dir, "report.html").write_text(text, encoding="utf-8")
+        try:
+            os.makedirs(args.output_dir, exist_ok=True)
+            text = render(state.log_history, args, self.early, self.late, state.global_step)
+            Path(args.output_dir, "report.html").write_text(text, encoding="utf-8")
+        except Exception as error:  # whatever it is: the trained weights are not saved yet
+            logger.warning("The training report could not be written: %r. Training itself is not affected.", error)
 
 
 def render(
@@ -165,7 +173,9 @@ def _marker_metrics(history: Sequence[dict[str, Any]]) -> tuple[str, ...]:
 def _series(history: Sequence[dict[str, Any]], metrics: Sequence[str]) -> dict[str, list[tuple[float, float]]]:
     return {
         name.split("/", 1)[-1].removesuffix("_per_1k"): [
-            (entry["step"], entry[name]) for entry in history if isinstance(entry.get(name), int | float)
+            (entry["step"], entry[name])
+            for entry in history
+            if isinstance(entry.get(name), int | float) and math.isfinite(entry[name])
         ]
         for name in metrics
     }
@@ -200,7 +210,7 @@ def _last_turn(prompt: Any) -> str:
 def _configuration(args: TrainingArguments) -> str:
     values = args.to_dict()  # masks tokens
     fields = args.__dataclass_fields__
-    changed = [(k, _text(v)) for k, v in values.items() if k in fields and v != fields[k].default]
+    changed = [(k, _text(v)) for k, v in values.items() if k in fields and v != _default(fields[k])]
     everything = [(k, _text(v)) for k, v in values.items()]
     return (
         table(changed, ("setting", "value"), "Settings other than their default")
@@ -208,6 +218,10 @@ def _configuration(args: TrainingArguments) -> str:
         + table(everything, ("setting", "value"), "All settings")
         + "</details>"
     )
+
+
+def _default(field: Any) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def _text(value: Any) -> str:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # LoRA initialisations that also change the base weights: with the adapter disabled they are not the initial policy
-_INITS_THAT_MOVE_THE_BASE = ("pissa", "olora", "corda", "loftq")
+_INITS_THAT_MOVE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 # Loading and sharding ------------------------------------------------------------------------------------------------

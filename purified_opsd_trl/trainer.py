@@ -28,7 +28,7 @@ from .errors import InputError
 from .extras import require_extra
 from .loss import FrozenStates, LMHead, LossSettings, required_states, token_loss
 from .markers import MarkerCounter, TokenClassifier
-from .metrics import TokenMeans, loss_sums, reduce_loss_sums, scoring_metrics
+from .metrics import TokenMeans, clock, loss_sums, reduce_loss_sums, scoring_metrics
 from .monitors import DecompositionMonitor, EpistemicMonitor
 from .purification import purified_target_logits
 from .report import ReportCallback
@@ -413,18 +413,20 @@ class PurifiedOPSDTrainer(WholeCheckpoints, DistillationTrainer):
             frozen_head = self.scoring_callback.frozen_head(unwrapped_student)
             self.decomposition_monitor.measure(student_hidden, student_head, frozen_head, inputs)
             normalizer = num_tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-            started = time.perf_counter()
+            weights = (1.0 / torch.as_tensor(normalizer, dtype=torch.float32, device=device)).expand(int(num_tokens))
+            student_states, frozen_states = student_hidden.to(device)[valid], _frozen_states(inputs, valid)
+            started = clock(device)
             result = token_loss(
-                student_hidden.to(device)[valid],
+                student_states,
                 student_head,
-                _frozen_states(inputs, valid),
+                frozen_states,
                 frozen_head,
-                (1.0 / torch.as_tensor(normalizer, dtype=torch.float32, device=device)).expand(int(num_tokens)),
+                weights,
                 self.loss_settings,
                 labels=inputs["completion_ids"].to(device)[valid],
                 target_logits=self.target_logits if self._has_custom_target else None,
             )
-        self._loss_sums = loss_sums(result, num_tokens, time.perf_counter() - started)
+        self._loss_sums = loss_sums(result, num_tokens, clock(device) - started)
         return result.loss, result.student_entropy.sum(), num_tokens
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

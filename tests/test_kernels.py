@@ -305,6 +305,23 @@ def test_token_loss_on_cuda(dtype: torch.dtype, softcap: float | None, target: s
     torch.testing.assert_close(result.per_token.double(), expected.per_token, rtol=bound, atol=1e-4)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])])
+def test_the_products_dtype_is_chosen_under_autocast(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[tuple[bool, torch.dtype]] = []
+
+    def spy(hidden: torch.Tensor) -> torch.dtype:
+        chosen.append((torch.is_autocast_enabled(device), projection.operand_dtype(hidden)))
+        return chosen[-1][1]
+
+    monkeypatch.setattr(fused, "operand_dtype", spy)
+    states = FrozenStates(teacher=torch.randn(3, 8, device=device))
+    head = LMHead(torch.randn(20, 8, device=device))
+    with torch.autocast(device, torch.bfloat16):
+        hidden = torch.randn(3, 8, device=device)
+        token_loss(hidden, head, states, head, torch.ones(3, device=device), LossSettings(target="teacher"))
+    assert chosen == [(True, torch.bfloat16 if device == "cuda" else torch.float32)]
+
+
 @gpu
 @needs_cuda
 def test_fp32_weights_under_autocast_on_cuda() -> None:

@@ -310,6 +310,9 @@ def test_no_tokens(loss_type: str, head: dict[str, Any]) -> None:
     for gradient in gradients:
         assert gradient is None or not gradient.any()
     assert gradients[1] is not None  # a data-parallel reduction waits for it
+    some, _ = fused_loss(make_case(tokens=3, dtype=torch.float32, **head), LossSettings(loss_type=loss_type))
+    there, elsewhere = ({name for name, value in vars(r).items() if value is not None} for r in (result, some))
+    assert there == elsewhere  # processes add these up, also one without a token
 
 
 def test_one_token() -> None:

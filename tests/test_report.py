@@ -1,6 +1,7 @@
 """`report.html` of a run, and the HTML that all pages are made of."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,31 @@ def test_a_resumed_run_reports_its_first_completions(build: Build) -> None:  # n
     callback = next(c for c in resumed.callback_handler.callbacks if isinstance(c, ReportCallback))
     assert callback.early == early and early[0]["step"] == 0
     assert callback.late[0]["step"] == 1
+
+
+def test_a_diverged_run_is_reported_too(build: Build) -> None:  # noqa: F811
+    history = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": math.inf}, {"step": 3, "loss": math.nan}]
+    text = render([*history, {"step": 1, "entropy": 1e30}, {"step": 2, "entropy": 1e30}], build().args, [], [], 3)
+    assert '<th scope="row">1</th><td class="number">2</td>' in text and "inf" not in text.lower().split("<h2>conf")[0]
+    assert html_errors(text) == []
+
+
+def test_a_report_that_cannot_be_written_loses_no_training(
+    build: Build,  # noqa: F811
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    trainer = build(max_steps=1)
+    Path(trainer.args.output_dir, "report.html").mkdir(parents=True)
+    trainer.train()
+    assert trainer.state.global_step == 1
+    assert "The training report could not be written: IsADirectoryError" in caplog.text
+
+
+def test_settings_other_than_their_default(build: Build) -> None:  # noqa: F811
+    text = render([], build(pmi_beta=2.0).args, [], [], 0)
+    changed = text[text.index("Settings other than their default") : text.index("All settings")]
+    assert "pmi_beta" in changed
+    assert "epistemic_markers" not in changed and "pmi_clip" not in changed
 
 
 # Charts ------------------------------------------------------------------------------------------------------------

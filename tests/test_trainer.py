@@ -574,6 +574,19 @@ def test_resuming_continues_where_training_stopped(build: Build) -> None:
         assert torch.equal(weight, expected), name
 
 
+def test_a_checkpoint_of_another_trainer_can_be_resumed_and_saved(build: Build) -> None:
+    build(max_steps=1, save_strategy="steps", save_steps=1).train()
+    resumed = build(max_steps=2, save_strategy="steps", save_steps=1)
+    folder = Path(resumed.args.output_dir)
+    state_file = folder / "checkpoint-1" / "trainer_state.json"
+    state = json.loads(state_file.read_text())
+    assert state["stateful_callbacks"].pop("ReportCallback") and state["stateful_callbacks"].pop("EpistemicMonitor")
+    state_file.write_text(json.dumps(state))
+    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
+    saved = json.loads((folder / "checkpoint-2" / "trainer_state.json").read_text())
+    assert {"ReportCallback", "EpistemicMonitor", "TrainerControl"} <= set(saved["stateful_callbacks"])
+
+
 def test_no_telemetry_is_sent(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CI")
     monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda *a, **k: pytest.fail("telemetry"))
@@ -610,10 +623,11 @@ def test_another_teacher_of_the_same_vocabulary_is_used(build: Build, make_model
     ("lora", "message"),
     [
         ({"init_lora_weights": "pissa"}, "`init_lora_weights='pissa'` .* not the initial policy"),
+        ({"init_lora_weights": "lora_ga"}, "`init_lora_weights='lora_ga'` .* not the initial policy"),
         ({"bias": "lora_only"}, "`bias='lora_only'` .* trains biases"),
         ({"target_modules": ["q_proj", "lm_head"]}, "lm_head"),
     ],
-    ids=["pissa", "bias", "lm_head"],
+    ids=["pissa", "lora_ga", "bias", "lm_head"],
 )
 def test_adapters_that_hide_the_initial_policy_are_refused(build: Build, lora: dict[str, Any], message: str) -> None:
     config = LoraConfig(**{"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **lora})

@@ -112,15 +112,16 @@ def solve(hidden: Tensor, problem: Problem, needs: tuple[bool, bool, bool]) -> S
     Returns:
         [`Solution`]
     """
+    operand = operand_dtype(hidden)  # asks for autocast's dtype, so before autocast is left
     with torch.autocast(hidden.device.type, enabled=False):
-        return _Pass(hidden, problem, needs).run()
+        return _Pass(hidden, problem, needs, operand).run()
 
 
 class _Pass:
     """Buffers and accumulators of one `solve`."""
 
-    def __init__(self, hidden: Tensor, problem: Problem, needs: tuple[bool, bool, bool]):
-        self.operand = operand_dtype(hidden)
+    def __init__(self, hidden: Tensor, problem: Problem, needs: tuple[bool, bool, bool], operand: torch.dtype):
+        self.operand = operand
         self.head_dtype = problem.student.weight.dtype
         student = problem.student.cast(self.operand)
         shared = _same_weight(problem.student, problem.frozen)
@@ -157,7 +158,9 @@ class _Pass:
             kl_target_base=empty(count) if "base" in problem.states else None,
             clip_saturation=empty(count) if purified and problem.rows.pmi_clip is not None else None,
         )
-        self.at_label: dict[str, list[Tensor]] = {}
+        # Every name from the start: processes add these up, also one that has no token
+        noted = ("student", "target", *(n for n in ("teacher", "reference_only") if n in problem.states))
+        self.at_label = {name: [empty(0)] for name in noted if problem.labels is not None}
         top = problem.weights.abs().max() if count else problem.weights.new_ones(())
         self.unit = top.clamp(min=torch.finfo(torch.float32).tiny)
         self.weights = problem.weights.to(self.dtype) / self.unit
@@ -271,7 +274,7 @@ class _Pass:
 
     def _note(self, **log_probs: Tensor) -> None:
         for name, values in log_probs.items():
-            self.at_label.setdefault(name, []).append(values)
+            self.at_label[name].append(values)
 
     def _accumulate(self, grad: Tensor, alpha: float, start: int, end: int) -> None:
         weight = self.problem.student.weight
