@@ -127,7 +127,7 @@ def test_stale_rollouts_come_from_old_weights(lag: int, tmp_path: Path) -> None:
 def results() -> dict[str, dict[str, Any]]:
     """A shortened run of each target."""
     return {
-        target: distil(Run(target=target, steps=STEPS), BASE, eval_every=STEPS, eval_problems=256)
+        target: distil(Run(target=target, steps=STEPS, eval_every=STEPS), BASE, eval_problems=256)
         for target in ("teacher", "purified")
     }
 

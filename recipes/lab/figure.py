@@ -130,8 +130,10 @@ SWEEP = (
     ({"pmi_clip": 2.0}, "c 2", "#a16207", ":"),
     ({"target": "teacher"}, "OPSD", COLOURS["teacher"], "-"),
 )
+# At a twentieth of the usual learning rate: at the usual one a run is near its end before a lag of 16 is over
+SLOW = {"learning_rate": 5e-5, "eval_every": 5}
 LAGS = tuple(
-    ({"target": target, "lag": lag, "learning_rate": 2e-4, "steps": 120}, f"{NAMES[target]}, lag {lag}", colour, line)
+    ({"target": target, "lag": lag, **SLOW}, f"{NAMES[target]}, lag {lag}", colour, line)
     for target, colour in list(COLOURS.items())[1:]
     for lag, line in ((0, "-"), (4, "--"), (16, ":"))
 )

@@ -9,7 +9,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from recipes.lab.figure import LAGS, RESULTS, SWEEP, draw, draw_settings, load, table
+from recipes.lab.figure import LAGS, RESULTS, SLOW, SWEEP, draw, draw_settings, load, table
 from recipes.lab.pretrain import pretrain
 from recipes.lab.run import Run, distil, save
 
@@ -33,9 +33,7 @@ def full() -> list[Run]:
         for run in both(world=world, seed=seed, repeat=repeat)
     ]
     runs += [run for seed in seeds for run in both(world="repair", rich=True, seed=seed)]
-    # At a fifth of the learning rate: at the usual one a run is near its end before a lag of 16 is over
-    slow = {"learning_rate": 2e-4, "steps": 120}
-    runs += [run for seed in seeds for lag in (0, 4, 16) for run in both(lag=lag, seed=seed, **slow)]
+    runs += [run for seed in seeds for lag in (0, 4, 16) for run in both(lag=lag, seed=seed, **SLOW)]
     runs += [run for seed in seeds for run in both(rich=True, seed=seed)]
     for change in ({"pmi_clip": 2.0}, {"pmi_beta": 0.5}, {"pmi_beta": 2.0}):
         runs += [replace(BOTH[1], seed=seed, **change) for seed in seeds]

@@ -52,8 +52,8 @@ class Run:
             Updates by which the sampler is behind.
         learning_rate (`float`):
             Of AdamW, constant.
-        steps (`int`):
-            Optimizer steps.
+        steps, eval_every (`int`):
+            Optimizer steps, and steps between two evaluations.
     """
 
     world: str = "style"
@@ -67,6 +67,7 @@ class Run:
     lag: int = 0
     learning_rate: float = 1e-3
     steps: int = 60
+    eval_every: int = 20
 
     @property
     def name(self) -> str:
@@ -150,7 +151,7 @@ class Evaluation(TrainerCallback):
         self.curve.append({"step": step, **evaluate(model, self.tokenizer, self.held_out)})
 
 
-def distil(run: Run, base: Path, eval_every: int = 20, eval_problems: int = 512) -> dict[str, Any]:
+def distil(run: Run, base: Path, eval_problems: int = 512) -> dict[str, Any]:
     """
     Trains and evaluates.
 
@@ -159,8 +160,6 @@ def distil(run: Run, base: Path, eval_every: int = 20, eval_problems: int = 512)
             What to do.
         base (`Path`):
             Folder of the base model.
-        eval_every (`int`, *optional*, defaults to `20`):
-            Steps between two evaluations.
         eval_problems (`int`, *optional*, defaults to `512`):
             Held-out problems of each.
 
@@ -172,7 +171,7 @@ def distil(run: Run, base: Path, eval_every: int = 20, eval_problems: int = 512)
     modulus = sum(token.isdecimal() for token in tokenizer.get_vocab())
     rows = problems(run.repeat, TRAIN_PROBLEMS, modulus, held_out=False)
     data = Dataset.from_list([{"prompt": p.question, "reference": p.reference(run.rich)} for p in rows])
-    evaluation = Evaluation(tokenizer, problems(EVAL_SEED, eval_problems, modulus, held_out=True), eval_every)
+    evaluation = Evaluation(tokenizer, problems(EVAL_SEED, eval_problems, modulus, held_out=True), run.eval_every)
     with tempfile.TemporaryDirectory() as folder:
         settings = {
             **yaml.safe_load(CONFIG.read_text()),
