@@ -11,10 +11,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from purified_opsd_trl import cli
+from purified_opsd_trl import InputError, cli
 from purified_opsd_trl.decomposition import STATISTICS
-from purified_opsd_trl.diagnose.measure import DISTRIBUTIONS, summarise
+from purified_opsd_trl.diagnose.measure import DISTRIBUTIONS, Models, summarise
 from purified_opsd_trl.diagnose.render import html_page
+from purified_opsd_trl.evaluate.backends import TransformersBackend
+from purified_opsd_trl.loss import LMHead
 from tests import reference
 from tests.browser import accessibility_violations, chromium, evaluate_in_page, html_errors, requests_made
 from tests.conftest import FIXTURES
@@ -126,6 +128,35 @@ def test_checkpoints_may_be_whole_models(
             logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
         expected = logits.log_softmax(-1).gather(-1, torch.tensor(completion).unsqueeze(-1))[:, 0].tolist()
         assert sample[f"logprob_{name}"] == pytest.approx(expected, abs=1e-3), name
+
+
+def save_adapter(folder: Path, model: Any, **config: Any) -> str:
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], **config))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.5)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def test_every_student_meets_the_same_base(tmp_path: Path, model_dir: Path, make_model: Callable[..., Any]) -> None:
+    head = make_model().lm_head.weight
+    models = Models(TransformersBackend(str(model_dir), "float32", 1))
+    for name in ("a", "b", None):
+        models.use(None, name and save_adapter(tmp_path / name, make_model(), modules_to_save=["lm_head"]))
+        with models.frozen() as frozen:
+            assert torch.equal(LMHead.from_model(frozen).weight, head)
+        with models.trained() as trained:
+            assert torch.equal(LMHead.from_model(trained).weight, head) is (name is None)
+
+
+def test_an_adapter_that_changes_the_base_is_refused(
+    tmp_path: Path, model_dir: Path, make_model: Callable[..., Any]
+) -> None:
+    models = Models(TransformersBackend(str(model_dir), "float32", 1))
+    adapter = save_adapter(tmp_path, make_model(), init_lora_weights="pissa")
+    with pytest.raises(InputError, match=r"changes weights of the base itself \(model.layers.0.self_attn.q_proj"):
+        models.use(None, adapter)
 
 
 def encode(tokenizer: Any, piece: str) -> list[int]:

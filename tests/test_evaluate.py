@@ -1,5 +1,6 @@
 """`purified-opsd evaluate`: metrics by hand and by another method, samples that survive a kill, the command."""
 
+import copy
 import itertools
 import json
 import os
@@ -14,7 +15,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from peft import LoraConfig, get_peft_model
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from purified_opsd_trl import InputError, cli
 from purified_opsd_trl.evaluate.answers import final_text, grade
@@ -261,8 +263,6 @@ def test_greedy_samples_are_what_the_model_generates(model_dir: Path, tokenizer:
     requests = [Request(("b", str(i), 0), list(p.encode()), seed=0) for i, p in enumerate(prompts)]
     drawn = {c.key[1]: c for c in backend.generate(requests, Sampling(0.0, 1.0, 0, 10))}
     model = make_model()
-    import torch
-
     for i, prompt in enumerate(prompts):
         ids = list(prompt.encode())
         expected: list[int] = []
@@ -271,6 +271,59 @@ def test_greedy_samples_are_what_the_model_generates(model_dir: Path, tokenizer:
         ended = expected[-1] == tokenizer.eos_token_id
         assert drawn[str(i)].ids == (expected[:-1] if ended else expected)
         assert drawn[str(i)].truncated is not ended
+
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "head and embeddings": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+    "new tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [97, 98]},
+    "on the embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
+    "biases": {"target_modules": ["q_proj"], "bias": "all"},
+    "PiSSA": {"target_modules": ["q_proj"], "init_lora_weights": "pissa"},
+}
+
+
+@pytest.fixture
+def make_adapter(make_model: Callable[..., Any], tmp_path: Path) -> Callable[..., str]:
+    """Factory of folders of adapters whose every part was moved."""
+
+    def make(kind: str, architecture: str, **kwargs: Any) -> str:
+        model = get_peft_model(make_model(architecture, **kwargs), LoraConfig(r=2, **ADAPTERS[kind]))
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad or (kind == "on the embeddings" and "embed_tokens.base_layer" in name):
+                parameter.data.add_(torch.randn(parameter.shape), alpha=0.3)
+        model.save_pretrained(tmp_path / kind)
+        return str(tmp_path / kind)
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize(("architecture", "tied"), [("qwen3", True), ("phi", False)])
+def test_an_adapter_leaves_nothing_in_the_base(
+    kind: str,
+    architecture: str,
+    tied: bool,
+    make_model_dir: Callable[..., Path],
+    make_adapter: Callable[..., str],
+) -> None:
+    def logits(model: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return model(torch.tensor([[97, 98, 99, 100]])).logits
+
+    folders = [make_adapter(name, architecture, tied=tied) for name in (kind, "head")]
+    backend, fresh = (TransformersBackend(str(make_model_dir(architecture, tied=tied)), "float32", 1) for _ in "ab")
+    before = {name: weight.clone() for name, weight in backend.model.named_parameters()}
+    plain = logits(backend.model)
+    for folder in (*folders, folders[0]):
+        backend.load(folder)
+        alone = PeftModel.from_pretrained(copy.deepcopy(fresh.model), folder).eval()
+        assert torch.equal(logits(backend.model), logits(alone)) and not torch.equal(logits(alone), plain)
+    backend.load(None)
+    after = dict(backend.model.named_parameters())
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    assert (backend.model.get_input_embeddings().weight is backend.model.get_output_embeddings().weight) is tied
+    assert torch.equal(logits(backend.model), plain)
 
 
 def test_several_checkpoints_in_one_call(flags: list[str], make_model: Callable[..., Any], tmp_path: Path) -> None:

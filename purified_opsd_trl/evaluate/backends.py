@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from ..extras import require_extra
+from ..self_teacher import INITS_THAT_MOVE_THE_BASE
 from .store import Key
 
 
@@ -99,6 +100,8 @@ class TransformersBackend:
             Samples drawn at once.
     """
 
+    _kept: list[tuple[str, torch.nn.Parameter, torch.Tensor]]
+
     def __init__(self, model: str, dtype: str, batch_size: int):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -111,13 +114,23 @@ class TransformersBackend:
 
     def load(self, adapter: str | None) -> None:
         if self.model is not self._base:
-            self._base = self.model.unload()
+            self._base = _without_adapter(self.model)
+            with torch.no_grad():
+                for _, parameter, before in self._kept:
+                    parameter.copy_(before)
         self.model = self._base
         if adapter is not None:
             require_extra("peft", "`adapter`")
             from peft import PeftModel
 
+            self._kept = _overwritable(self._base, adapter)
             self.model = PeftModel.from_pretrained(self._base, adapter).eval()
+
+    def overwritten(self) -> list[str]:
+        """Weights of the base into which the loaded adapter wrote other values, so that disabling it is not enough."""
+        if self.model is self._base:
+            return []
+        return [name for name, parameter, before in self._kept if not torch.equal(parameter.cpu(), before)]
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Completion]:
@@ -148,6 +161,40 @@ class TransformersBackend:
             for request, row in zip(batch, output[:, width:].tolist(), strict=True):
                 end = next((i for i, token in enumerate(row) if token in stop), None)
                 yield Completion(request.key, row[:end], truncated=end is None)
+
+
+def _without_adapter(model: Any) -> Any:
+    """The base model. `PeftModel.unload()` alone leaves the trained copies of `modules_to_save` in it."""
+    from peft.utils import ModulesToSaveWrapper
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.original_module)
+    return model.unload()
+
+
+def _overwritable(base: Any, adapter: str) -> list[tuple[str, torch.nn.Parameter, torch.Tensor]]:
+    """
+    Names, weights and copies (on the host) of what loading an adapter may write into the base itself.
+
+    That is what the adapter's file holds under the base's own names (biases, embeddings that it adapts), and
+    everything if its initialisation changes the base, as PiSSA does.
+    """
+    from peft import PeftConfig
+    from peft.utils import load_peft_weights
+
+    names = {
+        key.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        for key in load_peft_weights(adapter, device="cpu")
+    }
+    init = getattr(PeftConfig.from_pretrained(adapter), "init_lora_weights", True)
+    moves_all = isinstance(init, str) and init.lower().startswith(INITS_THAT_MOVE_THE_BASE)
+    return [
+        (name, parameter, parameter.detach().to("cpu", copy=True))
+        for name, parameter in base.named_parameters()
+        if moves_all or name in names
+    ]
 
 
 class VLLMBackend:
