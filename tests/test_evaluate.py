@@ -22,7 +22,7 @@ from purified_opsd_trl import InputError, cli
 from purified_opsd_trl.evaluate.answers import final_text, grade
 from purified_opsd_trl.evaluate.arguments import EvaluateArguments
 from purified_opsd_trl.evaluate.backends import Request, Sampling, TransformersBackend
-from purified_opsd_trl.evaluate.benchmarks import PRESETS, load_benchmark
+from purified_opsd_trl.evaluate.benchmarks import PRESETS, load_benchmark, load_benchmarks
 from purified_opsd_trl.evaluate.compare import compare, load_results, markdown
 from purified_opsd_trl.evaluate.metrics import average, bootstrap_interval, majority, mean_of_means, pass_at_k
 from purified_opsd_trl.evaluate.paper import paper_rows
@@ -179,6 +179,17 @@ def test_unknown_benchmarks_name_the_presets() -> None:
     assert all(preset.licence for preset in PRESETS.values())
 
 
+def test_two_benchmarks_of_one_name_are_refused(tmp_path: Path) -> None:
+    for name in ("a/b.jsonl", "c/b.jsonl", "aime24.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"problem": "p", "answer": "1"}\n')
+    files = [str(tmp_path / name) for name in ("a/b.jsonl", "c/b.jsonl", "aime24.jsonl")]
+    for names in (files[:2], ["aime24", files[2]], [files[0], files[0]]):
+        with pytest.raises(InputError, match=f"`{names[0]}` and `{names[1]}` are both called `(b|aime24)`.*Rename"):
+            load_benchmarks(names)
+    assert [b.name for b in load_benchmarks(files[1:])] == ["b", "aime24"]
+
+
 # The store ---------------------------------------------------------------------------------------------------------
 
 
@@ -209,6 +220,8 @@ def test_samples_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
     SampleStore(tmp_path, {"temperature": 0.6}).__exit__(None, None, None)
     with pytest.raises(InputError, match=r"other settings: `temperature` \(0.6 then, 1.0 now\)"):
         SampleStore(tmp_path, {"temperature": 1.0})
+    with pytest.raises(InputError, match=r"`backend` \(not recorded then, 'vllm' now\)"):
+        SampleStore(tmp_path, {"temperature": 0.6, "backend": "vllm"})
 
 
 # The command -------------------------------------------------------------------------------------------------------
@@ -255,6 +268,45 @@ def test_the_command_writes_samples_and_results(
     assert cli.main(flags) == 0
     assert (folder / "samples.jsonl").read_bytes().startswith(before)
     assert len(read_samples(folder)) == 16
+
+
+@pytest.mark.parametrize("changed", ["problem", "answer"])
+def test_samples_of_other_problems_are_not_taken_over(
+    changed: str, flags: list[str], problems: str, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(flags) == 0
+    samples = tmp_path / "out" / model_dir.name / "samples.jsonl"
+    before = samples.read_bytes()
+    rows = [json.loads(line) for line in Path(problems).read_text().splitlines()]
+    rows[2][changed] += "0"
+    Path(problems).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cli.main(flags) == 2
+    error = capsys.readouterr().err
+    assert "samples of another problem '2' of `sums`" in error and "another `--output_dir`" in error
+    assert cli.main([*flags, "--limit", "2"]) == 0  # the problem is not asked for
+    assert samples.read_bytes() == before
+    # Samples of a version that did not write the hash
+    lines = [json.loads(line) for line in before.splitlines()]
+    samples.write_text(
+        "".join(json.dumps({k: v for k, v in line.items() if k != "problem_sha256"}) + "\n" for line in lines)
+    )
+    assert cli.main([*flags, "--limit", "2"]) == 2
+    assert "samples of another problem" in capsys.readouterr().err
+
+
+def test_samples_of_other_weights_are_not_mixed(
+    flags: list[str], make_model: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def train(seed: int) -> None:
+        model = get_peft_model(make_model(seed=seed), LoraConfig(r=2, target_modules=["q_proj"]))
+        model.save_pretrained(tmp_path / "adapter")
+
+    train(0)
+    assert cli.main([*flags, "--adapter", str(tmp_path / "adapter")]) == 0
+    assert cli.main([*flags, "--adapter", str(tmp_path / "adapter")]) == 0
+    train(1)
+    assert cli.main([*flags, "--adapter", str(tmp_path / "adapter")]) == 2
+    assert "drawn with other settings: `adapter_weights` ('" in capsys.readouterr().err
 
 
 def test_greedy_samples_are_what_the_model_generates(model_dir: Path, tokenizer: Any, make_model: Any) -> None:
@@ -447,6 +499,8 @@ def test_the_table_shows_the_paper_where_the_model_matches() -> None:
     assert "| *paper: purified, DASD-10K* | 79.4 |" in text
     assert "| new | 100.0 [100.0, 100.0]<br>+25.0 [+0.0, +50.0] |" in text
     assert "Not alike: `temperature` (base: 0.6, new: 1.0)" in text
+    retrained = compare([results("base", [0.5, 1.0]), results("new", [1.0, 1.0], adapter="a", adapter_weights="b")])
+    assert retrained["settings_that_differ"] == {}
     assert paper_rows("SmolLM2", ["aime24"]) == {}
     assert paper_rows("Qwen/Qwen3-4B", ["aime24", "aime25", "hmmt25"])["purified, DASD-10K"]["average"] == 63.7
     assert paper_rows("Qwen/Qwen3-4B", ["mine"]) == {}

@@ -23,7 +23,7 @@ from ..markers import MarkerCounter
 from .answers import grade
 from .arguments import EvaluateArguments
 from .backends import Backend, Completion, Request, Sampling, make_backend
-from .benchmarks import Benchmark, Problem, load_benchmark
+from .benchmarks import Benchmark, Problem, load_benchmarks
 from .store import SampleStore
 from .summary import print_summary, summarise
 
@@ -133,6 +133,28 @@ class Prompter:
         }
 
 
+def weights_fingerprint(model: str) -> str | None:
+    """
+    Tells weights in a folder from others that were there before, so that samples of a retrained model are not mixed.
+
+    It is made of names, sizes and modification times, not of the contents: these are many gigabytes, which would be
+    read at every call. So a copy that does not keep modification times counts as other weights.
+
+    Args:
+        model (`str`):
+            Folder of a model or an adapter, or a hub id.
+
+    Returns:
+        `str` or `None`: fingerprint; `None` for what is not a local folder.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        return None
+    files = [(file.name, file.stat()) for file in sorted(folder.glob("*.safetensors"))]
+    described = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
+
+
 def evaluate_target(
     target: Target, backend: Backend, benchmarks: Sequence[Benchmark], args: EvaluateArguments
 ) -> dict[str, Any]:
@@ -156,7 +178,9 @@ def evaluate_target(
     prompting = prompter.settings(benchmarks[0].problems[0])
     settings = {
         "model": target.model,
+        "model_weights": weights_fingerprint(target.model),
         "adapter": target.adapter,
+        "adapter_weights": target.adapter and weights_fingerprint(target.adapter),
         "temperature": args.temperature,
         "top_p": args.top_p,
         "top_k": args.top_k,
@@ -174,6 +198,7 @@ def evaluate_target(
     counter = MarkerCounter(args.markers)
     problems = {(b.name, p.id): p for b in benchmarks for p in b.problems}
     with SampleStore(folder, settings) as store:
+        store.check_problems({key: problem.sha256 for key, problem in problems.items()})
         requests = [r for r in _requests(benchmarks, prompter, args) if r.key not in store.records]
         drawn = 0
         if requests:
@@ -224,6 +249,7 @@ def _record(
         "benchmark": benchmark,
         "problem_id": problem_id,
         "sample": sample,
+        "problem_sha256": problem.sha256,
         "expected": problem.answer,
         "answer": found.answer,
         "correct": found.correct,
@@ -258,7 +284,7 @@ def evaluate(args: EvaluateArguments) -> list[dict[str, Any]]:
     """
     grade("1", "1")  # a missing extra is known before the first sample, not after it
     targets = find_targets(args)
-    benchmarks = [load_benchmark(name, args.limit) for name in args.benchmarks]
+    benchmarks = load_benchmarks(args.benchmarks, args.limit)
     kind = args.backend
     if kind == "auto":
         kind = "vllm" if importlib.util.find_spec("vllm") else "transformers"
