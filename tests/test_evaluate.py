@@ -258,7 +258,8 @@ def test_the_command_writes_samples_and_results(
     results = json.loads((folder / "results.json").read_text())
     assert results["prompting"]["example_prompt"].endswith("<|im_start|>assistant\n")
     assert results["prompting"]["chat_template_sha256"] and results["settings"]["thinking"] == "template"
-    assert results["benchmarks"]["sums"]["samples"] == 12 and results["backend"] == "transformers"
+    assert results["benchmarks"]["sums"]["samples"] == 12
+    assert results["backend"] == results["settings"]["backend"] == "transformers"
     assert "avg@3" in capsys.readouterr().out
     # Again: nothing is drawn; one sample more a problem: only those
     before = (folder / "samples.jsonl").read_bytes()
@@ -323,6 +324,48 @@ def test_greedy_samples_are_what_the_model_generates(model_dir: Path, tokenizer:
         ended = expected[-1] == tokenizer.eos_token_id
         assert drawn[str(i)].ids == (expected[:-1] if ended else expected)
         assert drawn[str(i)].truncated is not ended
+
+
+@pytest.fixture
+def penalised(make_model: Callable[..., Any], tokenizer: Any, tmp_path: Path) -> Path:
+    """A model whose generation config has penalties and filters, and two end tokens."""
+    model = make_model()
+    model.generation_config.update(
+        repetition_penalty=5.0, no_repeat_ngram_size=2, do_sample=True, min_p=0.9, suppress_tokens=list(range(200))
+    )
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, 97]
+    model.save_pretrained(tmp_path / "penalised")
+    tokenizer.save_pretrained(tmp_path / "penalised")
+    return tmp_path / "penalised"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("with_adapter", [False, True])
+def test_the_models_own_generation_config_changes_no_sample(
+    temperature: float,
+    with_adapter: bool,
+    penalised: Path,
+    make_model_dir: Callable[..., Path],
+    make_adapter: Callable[..., str],
+) -> None:
+    requests = [Request(("b", str(i), 0), list(p.encode()), seed=i) for i, p in enumerate(("one", "two words"))]
+    adapter = make_adapter("new tokens", "qwen3") if with_adapter else None
+    drawn = []
+    for folder in (penalised, make_model_dir(eos_token_id=[260, 97])):
+        backend = TransformersBackend(str(folder), "float32", 2)
+        backend.load(adapter)
+        drawn.append(list(backend.generate(requests, Sampling(temperature, 1.0, 0, 40))))
+    assert drawn[0] == drawn[1]
+    assert any(len(set(completion.ids)) < len(completion.ids) for completion in drawn[0])
+
+
+def test_every_end_token_ends_a_completion(penalised: Path) -> None:
+    backend = TransformersBackend(str(penalised), "float32", 1)
+    (long,) = backend.generate([Request(("b", "0", 0), list(b"one"), 0)], Sampling(0.0, 1.0, 0, 40))
+    for end in (long.ids[3], [260, long.ids[3]]):
+        backend.model.generation_config.eos_token_id = end
+        (short,) = backend.generate([Request(("b", "0", 0), list(b"one"), 0)], Sampling(0.0, 1.0, 0, 40))
+        assert short.ids == long.ids[: long.ids.index(long.ids[3])] and not short.truncated
 
 
 ADAPTERS: dict[str, dict[str, Any]] = {

@@ -1,6 +1,5 @@
 """Who writes the samples: vLLM, or transformers as a fallback. Both yield each completion once it is finished."""
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -89,7 +88,8 @@ class TransformersBackend:
     Generation by transformers, batch by batch.
 
     The samples of a batch share one random stream, seeded by its first request: a resumed evaluation draws the missing
-    samples from the same distribution, not the same samples.
+    samples from the same distribution, not the same samples. Of the model's own generation config only the end tokens
+    are kept: penalties and filters there would make its samples differ from vLLM's.
 
     Args:
         model (`str`):
@@ -139,10 +139,9 @@ class TransformersBackend:
         # Those of the model's generation config as well: a chat model may end its turn by another token than its text
         ends = self._base.generation_config.eos_token_id
         stop = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-        decoding: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        if sampling.temperature > 0:
-            decoding = {"do_sample": True, "temperature": sampling.temperature}
-            decoding |= {"top_p": sampling.top_p, "top_k": sampling.top_k}
+        config = _generation_config(sampling, sorted(stop), pad)
+        # `generate` fills in from the model's config what is unset in the one it is passed
+        self._base.generation_config = config
         for start in range(0, len(requests), self.batch_size):
             batch = requests[start : start + self.batch_size]
             width = max(len(request.prompt_ids) for request in batch)
@@ -153,14 +152,21 @@ class TransformersBackend:
             output = self.model.generate(
                 input_ids=ids.to(self._base.device),
                 attention_mask=mask.to(self._base.device),
-                max_new_tokens=sampling.max_new_tokens,
-                eos_token_id=sorted(stop),
-                pad_token_id=pad,
-                **decoding,
+                generation_config=config,
             )
             for request, row in zip(batch, output[:, width:].tolist(), strict=True):
                 end = next((i for i, token in enumerate(row) if token in stop), None)
                 yield Completion(request.key, row[:end], truncated=end is None)
+
+
+def _generation_config(sampling: Sampling, ends: list[int], pad: int) -> Any:
+    from transformers import GenerationConfig
+
+    chosen: dict[str, Any] = {"do_sample": False}
+    if sampling.temperature > 0:
+        chosen = {"do_sample": True, "temperature": sampling.temperature}
+        chosen |= {"top_p": sampling.top_p, "top_k": sampling.top_k}
+    return GenerationConfig(max_new_tokens=sampling.max_new_tokens, eos_token_id=ends, pad_token_id=pad, **chosen)
 
 
 def _without_adapter(model: Any) -> Any:
@@ -296,6 +302,4 @@ def make_backend(
     """
     if kind == "vllm":
         return VLLMBackend(model, dtype, max_model_len, max_lora_rank, tp)
-    # Generation flags of the model's own config that these settings replace are no news
-    logging.getLogger("transformers.generation.configuration_utils").setLevel(logging.ERROR)
     return TransformersBackend(model, dtype, batch_size)

@@ -192,6 +192,7 @@ def evaluate_target(
         "chat_template_kwargs": args.template_kwargs,
         "chat_template_sha256": prompting["chat_template_sha256"],
         "dtype": args.dtype,
+        "backend": type(backend).__name__.removesuffix("Backend").lower(),  # which `auto` is by then
     }
     folder = Path(args.output_dir, target.label)
     started = time.perf_counter()
@@ -212,7 +213,7 @@ def evaluate_target(
         results = {
             "label": target.label,
             "settings": settings,
-            "backend": type(backend).__name__.removesuffix("Backend").lower(),
+            "backend": settings["backend"],
             "prompting": prompting,
             "versions": _versions(),
             "licences": {b.name: b.licence for b in benchmarks},
