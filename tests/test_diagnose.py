@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,9 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., 
             if "lora_B" in name:
                 parameter.data.normal_(std=0.02 * step)
         model.save_pretrained(folder / f"checkpoint-{step}")
+        (folder / f"checkpoint-{step}" / "trainer_state.json").write_text('{"global_step": 1}')
+    shutil.copytree(folder / "checkpoint-10", folder / "checkpoint-15")
+    (folder / "checkpoint-15" / "trainer_state.json").unlink()  # killed while it was written
     return folder
 
 
@@ -111,6 +115,7 @@ def test_checkpoints_may_be_whole_models(
     moved = make_model(seed=3)
     moved.save_pretrained(tmp_path / "run" / "checkpoint-3")
     tokenizer.save_pretrained(tmp_path / "run" / "checkpoint-3")
+    (tmp_path / "run" / "checkpoint-3" / "trainer_state.json").write_text('{"global_step": 3}')
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps({"prompt": [{"role": "user", "content": "1 + 1?"}], "reference": "2"}) + "\n")
     flags = (

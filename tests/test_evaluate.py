@@ -429,6 +429,7 @@ def test_several_checkpoints_in_one_call(flags: list[str], make_model: Callable[
             if "lora_B" in name:
                 parameter.data.normal_(std=float(step))
         model.save_pretrained(run / f"checkpoint-{step}")
+        (run / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"global_step": step}))
     flags += ["--checkpoints", str(run), "--temperature", "0"]
     assert cli.main(flags) == 0
     folders = sorted(p.name for p in (tmp_path / "out").iterdir())
@@ -440,6 +441,34 @@ def test_several_checkpoints_in_one_call(flags: list[str], make_model: Callable[
     assert len(texts) == 3  # base and both adapters answer differently
     args = EvaluateArguments(model="m", benchmarks=["b"], checkpoints=[str(run)])
     assert [t.label for t in find_targets(args)] == ["m", "run-checkpoint-5", "run-checkpoint-10"]
+
+
+def test_only_whole_checkpoints_are_evaluated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def checkpoint(folder: Path, state: str | None) -> str:
+        folder.mkdir(parents=True)
+        (folder / "adapter_config.json").write_text("{}")
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
+        return str(folder)
+
+    def labels(folder: Path | str) -> list[str]:
+        args = EvaluateArguments(model="m", benchmarks=["b"], checkpoints=[str(folder)])
+        return [target.label for target in find_targets(args)][1:]
+
+    run = tmp_path / "run"
+    whole = '{"global_step": 1}'
+    for name, state in (("20", whole), ("3", whole), ("40", None), ("30", '{"glob'), ("best", whole)):
+        checkpoint(run / f"checkpoint-{name}", state)
+    assert labels(run) == ["run-checkpoint-3", "run-checkpoint-20"]
+    assert "Passing over checkpoint-30, checkpoint-40" in capsys.readouterr().out
+    assert labels(run / "checkpoint-20") == ["checkpoint-20"] and labels(run / "checkpoint-best") == [
+        "checkpoint-best"
+    ]
+    assert labels(checkpoint(tmp_path / "final", None)) == ["final"]
+    killed = checkpoint(tmp_path / "killed" / "checkpoint-7", None)
+    for folder in (killed, tmp_path / "killed", run / "checkpoint-30"):
+        with pytest.raises(InputError, match="was not written to its end .checkpoint-"):
+            labels(folder)
 
 
 KILLED = """

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints import checkpoint_folders, is_whole
 from ..errors import InputError
 from ..markers import MarkerCounter
 from .answers import grade
@@ -59,13 +60,12 @@ def find_targets(args: EvaluateArguments) -> list[Target]:
         `list[Target]`
 
     Raises:
-        `InputError`: if a folder is neither a model nor an adapter, or two have one name.
+        `InputError`: if a folder is neither a model nor an adapter, was not written to its end, or two have one name.
     """
     targets = [] if args.adapter else [Target(_label(args.model), args.model)]
     targets += [Target(_label(path), args.model, path) for path in args.adapter]
     for folder in map(Path, args.checkpoints):
-        found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rsplit("-", 1)[1])) or [folder]
-        for path in found:
+        for path in _whole_checkpoints(folder):
             label = f"{folder.name}-{path.name}" if path != folder else folder.name
             if (path / "adapter_config.json").is_file():
                 targets.append(Target(label, args.model, str(path)))
@@ -80,6 +80,25 @@ def find_targets(args: EvaluateArguments) -> list[Target]:
         twice = next(label for label in labels if labels.count(label) > 1)
         raise InputError(f"Two models are called `{twice}`; evaluate them into different `--output_dir`s.")
     return targets
+
+
+def _whole_checkpoints(folder: Path) -> list[Path]:
+    """Those of a run, or the one that is named; a folder of another kind is taken as it is."""
+    found = checkpoint_folders(folder)
+    if not found and folder not in checkpoint_folders(folder.parent):
+        return [folder]
+    found = found or [folder]
+    whole = [path for path in found if is_whole(path)]
+    incomplete = ", ".join(path.name for path in found if path not in whole)
+    if not whole:
+        raise InputError(
+            f"`checkpoints`: {folder} was not written to its end ({incomplete} holds no whole `trainer_state.json`, "
+            "which comes last). Name another checkpoint; a folder whose weights are whole may go to `--adapter` or "
+            "`--model`."
+        )
+    if incomplete:
+        print(f"Passing over {incomplete} in {folder}: not written to the end")
+    return whole
 
 
 def _label(path: str) -> str:
