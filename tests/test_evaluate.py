@@ -179,6 +179,20 @@ def test_unknown_benchmarks_name_the_presets() -> None:
     assert all(preset.licence for preset in PRESETS.values())
 
 
+def test_only_newlines_end_a_line(tmp_path: Path) -> None:
+    rows = [{"problem": f"a{end}b", "answer": "1"} for end in ("\u2028", "\u2029", "\x85", "\x0b", "\n", "\r\n")]
+    path = tmp_path / "b.jsonl"
+    for newline in ("\n", "\r\n"):
+        text = newline.join(json.dumps(row, ensure_ascii=False) for row in rows) + newline
+        path.write_text(text, encoding="utf-8", newline="")
+        assert [p.problem for p in load_benchmark(str(path)).problems] == [row["problem"] for row in rows]
+    with SampleStore(tmp_path, {}) as store:
+        for number, row in enumerate(rows):
+            store.append(record("x", number, completion=row["problem"]))
+        drawn = store.records
+    assert SampleStore(tmp_path, {}).records == drawn
+
+
 def test_two_benchmarks_of_one_name_are_refused(tmp_path: Path) -> None:
     for name in ("a/b.jsonl", "c/b.jsonl", "aime24.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -244,7 +258,7 @@ def flags(model_dir: Path, problems: str, tmp_path: Path) -> Iterator[list[str]]
 
 
 def read_samples(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "samples.jsonl").read_bytes().splitlines()]
 
 
 def test_the_command_writes_samples_and_results(

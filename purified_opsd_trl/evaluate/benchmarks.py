@@ -171,7 +171,8 @@ def _from_file(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise InputError(f"`benchmarks`: there is no file {path}.")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # `splitlines` would also split at U+2028 and the like, which may stand in a JSON string
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         try:
