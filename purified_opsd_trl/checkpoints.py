@@ -40,6 +40,26 @@ def is_whole(checkpoint: str | Path) -> bool:
     return "global_step" in state
 
 
+def checkpoint_folders(output_dir: str | Path) -> list[Path]:
+    """
+    The checkpoints in a folder, whole or not.
+
+    Args:
+        output_dir (`str` or `Path`):
+            Folder that holds `checkpoint-<step>` folders; it need not exist. Other names, such as `checkpoint-best`,
+            are left out.
+
+    Returns:
+        `list[Path]`: by step.
+    """
+    steps = {}
+    for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        number = folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+        if folder.is_dir() and number.isdecimal():
+            steps[int(number)] = folder
+    return [steps[step] for step in sorted(steps)]
+
+
 def last_whole_checkpoint(output_dir: str | Path) -> tuple[str | None, list[str]]:
     """
     The newest checkpoint that was written to its end.
@@ -52,16 +72,11 @@ def last_whole_checkpoint(output_dir: str | Path) -> tuple[str | None, list[str]
         `tuple[str | None, list[str]]`: path of the checkpoint (`None` if there is none), and the names of the newer,
         incomplete ones that were passed over, newest first.
     """
-    steps = {}
-    for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        number = folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
-        if folder.is_dir() and number.isdecimal():
-            steps[int(number)] = folder
     incomplete: list[str] = []
-    for step in sorted(steps, reverse=True):
-        if is_whole(steps[step]):
-            return str(steps[step]), incomplete
-        incomplete.append(steps[step].name)
+    for folder in reversed(checkpoint_folders(output_dir)):
+        if is_whole(folder):
+            return str(folder), incomplete
+        incomplete.append(folder.name)
     return None, incomplete
 
 

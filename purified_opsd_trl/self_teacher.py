@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # LoRA initialisations that also change the base weights: with the adapter disabled they are not the initial policy
-_INITS_THAT_MOVE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+INITS_THAT_MOVE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 # Loading and sharding ------------------------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ def _check_adapter_can_be_disabled(model: Any) -> None:
     """Refuses adapters under which a disabled adapter is not the initial policy; warns where it may not be."""
     for name, config in model.peft_config.items():
         init = getattr(config, "init_lora_weights", True)
-        if isinstance(init, str) and init.lower().startswith(_INITS_THAT_MOVE_THE_BASE):
+        if isinstance(init, str) and init.lower().startswith(INITS_THAT_MOVE_THE_BASE):
             raise InputError(
                 f"`init_lora_weights={init!r}` of adapter `{name}` changes the base weights, so the model under the "
                 "disabled adapter is not the initial policy. Use the default initialisation, or set "

@@ -51,7 +51,7 @@ for method in opsd purified; do
     target=purified resume=()
     [ $method = purified ] || target=teacher
     run_dir=$output/$model-$method-$data
-    compgen -G "$run_dir/checkpoint-*" >/dev/null && resume=(--resume_from_checkpoint true)
+    compgen -G "$run_dir/checkpoint-*/trainer_state.json" >/dev/null && resume=(--resume_from_checkpoint true)
     [ -f "$run_dir/adapter_model.safetensors" ] || run purified-opsd train --config "$config" \
         --model_name_or_path "$weights" --dataset_name "$rows" --target $target --output_dir "$run_dir" \
         "${resume[@]}" "${train_args[@]}"

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from purified_opsd_trl import cli
+from purified_opsd_trl import InputError, cli
 from purified_opsd_trl.decomposition import STATISTICS
-from purified_opsd_trl.diagnose.measure import DISTRIBUTIONS, summarise
+from purified_opsd_trl.diagnose.measure import DISTRIBUTIONS, Models, summarise
 from purified_opsd_trl.diagnose.render import html_page
+from purified_opsd_trl.evaluate.backends import TransformersBackend
+from purified_opsd_trl.loss import LMHead
 from tests import reference
 from tests.browser import accessibility_violations, chromium, evaluate_in_page, html_errors, requests_made
 from tests.conftest import FIXTURES
@@ -34,6 +37,9 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., 
             if "lora_B" in name:
                 parameter.data.normal_(std=0.02 * step)
         model.save_pretrained(folder / f"checkpoint-{step}")
+        (folder / f"checkpoint-{step}" / "trainer_state.json").write_text('{"global_step": 1}')
+    shutil.copytree(folder / "checkpoint-10", folder / "checkpoint-15")
+    (folder / "checkpoint-15" / "trainer_state.json").unlink()  # killed while it was written
     return folder
 
 
@@ -109,6 +115,7 @@ def test_checkpoints_may_be_whole_models(
     moved = make_model(seed=3)
     moved.save_pretrained(tmp_path / "run" / "checkpoint-3")
     tokenizer.save_pretrained(tmp_path / "run" / "checkpoint-3")
+    (tmp_path / "run" / "checkpoint-3" / "trainer_state.json").write_text('{"global_step": 3}')
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps({"prompt": [{"role": "user", "content": "1 + 1?"}], "reference": "2"}) + "\n")
     flags = (
@@ -126,6 +133,35 @@ def test_checkpoints_may_be_whole_models(
             logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
         expected = logits.log_softmax(-1).gather(-1, torch.tensor(completion).unsqueeze(-1))[:, 0].tolist()
         assert sample[f"logprob_{name}"] == pytest.approx(expected, abs=1e-3), name
+
+
+def save_adapter(folder: Path, model: Any, **config: Any) -> str:
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], **config))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.5)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def test_every_student_meets_the_same_base(tmp_path: Path, model_dir: Path, make_model: Callable[..., Any]) -> None:
+    head = make_model().lm_head.weight
+    models = Models(TransformersBackend(str(model_dir), "float32", 1))
+    for name in ("a", "b", None):
+        models.use(None, name and save_adapter(tmp_path / name, make_model(), modules_to_save=["lm_head"]))
+        with models.frozen() as frozen:
+            assert torch.equal(LMHead.from_model(frozen).weight, head)
+        with models.trained() as trained:
+            assert torch.equal(LMHead.from_model(trained).weight, head) is (name is None)
+
+
+def test_an_adapter_that_changes_the_base_is_refused(
+    tmp_path: Path, model_dir: Path, make_model: Callable[..., Any]
+) -> None:
+    models = Models(TransformersBackend(str(model_dir), "float32", 1))
+    adapter = save_adapter(tmp_path, make_model(), init_lora_weights="pissa")
+    with pytest.raises(InputError, match=r"changes weights of the base itself \(model.layers.0.self_attn.q_proj"):
+        models.use(None, adapter)
 
 
 def encode(tokenizer: Any, piece: str) -> list[int]:

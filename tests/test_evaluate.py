@@ -1,5 +1,6 @@
 """`purified-opsd evaluate`: metrics by hand and by another method, samples that survive a kill, the command."""
 
+import copy
 import itertools
 import json
 import os
@@ -14,13 +15,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from peft import LoraConfig, get_peft_model
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from purified_opsd_trl import InputError, cli
 from purified_opsd_trl.evaluate.answers import final_text, grade
 from purified_opsd_trl.evaluate.arguments import EvaluateArguments
 from purified_opsd_trl.evaluate.backends import Request, Sampling, TransformersBackend
-from purified_opsd_trl.evaluate.benchmarks import PRESETS, load_benchmark
+from purified_opsd_trl.evaluate.benchmarks import PRESETS, load_benchmark, load_benchmarks
 from purified_opsd_trl.evaluate.compare import compare, load_results, markdown
 from purified_opsd_trl.evaluate.metrics import average, bootstrap_interval, majority, mean_of_means, pass_at_k
 from purified_opsd_trl.evaluate.paper import paper_rows
@@ -177,6 +179,31 @@ def test_unknown_benchmarks_name_the_presets() -> None:
     assert all(preset.licence for preset in PRESETS.values())
 
 
+def test_only_newlines_end_a_line(tmp_path: Path) -> None:
+    rows = [{"problem": f"a{end}b", "answer": "1"} for end in ("\u2028", "\u2029", "\x85", "\x0b", "\n", "\r\n")]
+    path = tmp_path / "b.jsonl"
+    for newline in ("\n", "\r\n"):
+        text = newline.join(json.dumps(row, ensure_ascii=False) for row in rows) + newline
+        path.write_text(text, encoding="utf-8", newline="")
+        assert [p.problem for p in load_benchmark(str(path)).problems] == [row["problem"] for row in rows]
+    with SampleStore(tmp_path, {}) as store:
+        for number, row in enumerate(rows):
+            store.append(record("x", number, completion=row["problem"]))
+        drawn = store.records
+    assert SampleStore(tmp_path, {}).records == drawn
+
+
+def test_two_benchmarks_of_one_name_are_refused(tmp_path: Path) -> None:
+    for name in ("a/b.jsonl", "c/b.jsonl", "aime24.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"problem": "p", "answer": "1"}\n')
+    files = [str(tmp_path / name) for name in ("a/b.jsonl", "c/b.jsonl", "aime24.jsonl")]
+    for names in (files[:2], ["aime24", files[2]], [files[0], files[0]]):
+        with pytest.raises(InputError, match=f"`{names[0]}` and `{names[1]}` are both called `(b|aime24)`.*Rename"):
+            load_benchmarks(names)
+    assert [b.name for b in load_benchmarks(files[1:])] == ["b", "aime24"]
+
+
 # The store ---------------------------------------------------------------------------------------------------------
 
 
@@ -207,6 +234,8 @@ def test_samples_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
     SampleStore(tmp_path, {"temperature": 0.6}).__exit__(None, None, None)
     with pytest.raises(InputError, match=r"other settings: `temperature` \(0.6 then, 1.0 now\)"):
         SampleStore(tmp_path, {"temperature": 1.0})
+    with pytest.raises(InputError, match=r"`backend` \(not recorded then, 'vllm' now\)"):
+        SampleStore(tmp_path, {"temperature": 0.6, "backend": "vllm"})
 
 
 # The command -------------------------------------------------------------------------------------------------------
@@ -229,7 +258,7 @@ def flags(model_dir: Path, problems: str, tmp_path: Path) -> Iterator[list[str]]
 
 
 def read_samples(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "samples.jsonl").read_bytes().splitlines()]
 
 
 def test_the_command_writes_samples_and_results(
@@ -243,7 +272,8 @@ def test_the_command_writes_samples_and_results(
     results = json.loads((folder / "results.json").read_text())
     assert results["prompting"]["example_prompt"].endswith("<|im_start|>assistant\n")
     assert results["prompting"]["chat_template_sha256"] and results["settings"]["thinking"] == "template"
-    assert results["benchmarks"]["sums"]["samples"] == 12 and results["backend"] == "transformers"
+    assert results["benchmarks"]["sums"]["samples"] == 12
+    assert results["backend"] == results["settings"]["backend"] == "transformers"
     assert "avg@3" in capsys.readouterr().out
     # Again: nothing is drawn; one sample more a problem: only those
     before = (folder / "samples.jsonl").read_bytes()
@@ -255,14 +285,51 @@ def test_the_command_writes_samples_and_results(
     assert len(read_samples(folder)) == 16
 
 
+@pytest.mark.parametrize("changed", ["problem", "answer"])
+def test_samples_of_other_problems_are_not_taken_over(
+    changed: str, flags: list[str], problems: str, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(flags) == 0
+    samples = tmp_path / "out" / model_dir.name / "samples.jsonl"
+    before = samples.read_bytes()
+    rows = [json.loads(line) for line in Path(problems).read_text().splitlines()]
+    rows[2][changed] += "0"
+    Path(problems).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cli.main(flags) == 2
+    error = capsys.readouterr().err
+    assert "samples of another problem '2' of `sums`" in error and "another `--output_dir`" in error
+    assert cli.main([*flags, "--limit", "2"]) == 0  # the problem is not asked for
+    assert samples.read_bytes() == before
+    # Samples of a version that did not write the hash
+    lines = [json.loads(line) for line in before.splitlines()]
+    samples.write_text(
+        "".join(json.dumps({k: v for k, v in line.items() if k != "problem_sha256"}) + "\n" for line in lines)
+    )
+    assert cli.main([*flags, "--limit", "2"]) == 2
+    assert "samples of another problem" in capsys.readouterr().err
+
+
+def test_samples_of_other_weights_are_not_mixed(
+    flags: list[str], make_model: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def train(seed: int) -> None:
+        model = get_peft_model(make_model(seed=seed), LoraConfig(r=2, target_modules=["q_proj"]))
+        model.save_pretrained(tmp_path / "adapter")
+
+    train(0)
+    assert cli.main([*flags, "--adapter", str(tmp_path / "adapter")]) == 0
+    assert cli.main([*flags, "--adapter", str(tmp_path / "adapter")]) == 0
+    train(1)
+    assert cli.main([*flags, "--adapter", str(tmp_path / "adapter")]) == 2
+    assert "drawn with other settings: `adapter_weights` ('" in capsys.readouterr().err
+
+
 def test_greedy_samples_are_what_the_model_generates(model_dir: Path, tokenizer: Any, make_model: Any) -> None:
     backend = TransformersBackend(str(model_dir), "float32", batch_size=3)
     prompts = ["a", "some longer prompt", "bb"]
     requests = [Request(("b", str(i), 0), list(p.encode()), seed=0) for i, p in enumerate(prompts)]
     drawn = {c.key[1]: c for c in backend.generate(requests, Sampling(0.0, 1.0, 0, 10))}
     model = make_model()
-    import torch
-
     for i, prompt in enumerate(prompts):
         ids = list(prompt.encode())
         expected: list[int] = []
@@ -273,6 +340,101 @@ def test_greedy_samples_are_what_the_model_generates(model_dir: Path, tokenizer:
         assert drawn[str(i)].truncated is not ended
 
 
+@pytest.fixture
+def penalised(make_model: Callable[..., Any], tokenizer: Any, tmp_path: Path) -> Path:
+    """A model whose generation config has penalties and filters, and two end tokens."""
+    model = make_model()
+    model.generation_config.update(
+        repetition_penalty=5.0, no_repeat_ngram_size=2, do_sample=True, min_p=0.9, suppress_tokens=list(range(200))
+    )
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, 97]
+    model.save_pretrained(tmp_path / "penalised")
+    tokenizer.save_pretrained(tmp_path / "penalised")
+    return tmp_path / "penalised"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("with_adapter", [False, True])
+def test_the_models_own_generation_config_changes_no_sample(
+    temperature: float,
+    with_adapter: bool,
+    penalised: Path,
+    make_model_dir: Callable[..., Path],
+    make_adapter: Callable[..., str],
+) -> None:
+    requests = [Request(("b", str(i), 0), list(p.encode()), seed=i) for i, p in enumerate(("one", "two words"))]
+    adapter = make_adapter("new tokens", "qwen3") if with_adapter else None
+    drawn = []
+    for folder in (penalised, make_model_dir(eos_token_id=[260, 97])):
+        backend = TransformersBackend(str(folder), "float32", 2)
+        backend.load(adapter)
+        drawn.append(list(backend.generate(requests, Sampling(temperature, 1.0, 0, 40))))
+    assert drawn[0] == drawn[1]
+    assert any(len(set(completion.ids)) < len(completion.ids) for completion in drawn[0])
+
+
+def test_every_end_token_ends_a_completion(penalised: Path) -> None:
+    backend = TransformersBackend(str(penalised), "float32", 1)
+    (long,) = backend.generate([Request(("b", "0", 0), list(b"one"), 0)], Sampling(0.0, 1.0, 0, 40))
+    for end in (long.ids[3], [260, long.ids[3]]):
+        backend.model.generation_config.eos_token_id = end
+        (short,) = backend.generate([Request(("b", "0", 0), list(b"one"), 0)], Sampling(0.0, 1.0, 0, 40))
+        assert short.ids == long.ids[: long.ids.index(long.ids[3])] and not short.truncated
+
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "head and embeddings": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+    "new tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [97, 98]},
+    "on the embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
+    "biases": {"target_modules": ["q_proj"], "bias": "all"},
+    "PiSSA": {"target_modules": ["q_proj"], "init_lora_weights": "pissa"},
+}
+
+
+@pytest.fixture
+def make_adapter(make_model: Callable[..., Any], tmp_path: Path) -> Callable[..., str]:
+    """Factory of folders of adapters whose every part was moved."""
+
+    def make(kind: str, architecture: str, **kwargs: Any) -> str:
+        model = get_peft_model(make_model(architecture, **kwargs), LoraConfig(r=2, **ADAPTERS[kind]))
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad or (kind == "on the embeddings" and "embed_tokens.base_layer" in name):
+                parameter.data.add_(torch.randn(parameter.shape), alpha=0.3)
+        model.save_pretrained(tmp_path / kind)
+        return str(tmp_path / kind)
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize(("architecture", "tied"), [("qwen3", True), ("phi", False)])
+def test_an_adapter_leaves_nothing_in_the_base(
+    kind: str,
+    architecture: str,
+    tied: bool,
+    make_model_dir: Callable[..., Path],
+    make_adapter: Callable[..., str],
+) -> None:
+    def logits(model: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return model(torch.tensor([[97, 98, 99, 100]])).logits
+
+    folders = [make_adapter(name, architecture, tied=tied) for name in (kind, "head")]
+    backend, fresh = (TransformersBackend(str(make_model_dir(architecture, tied=tied)), "float32", 1) for _ in "ab")
+    before = {name: weight.clone() for name, weight in backend.model.named_parameters()}
+    plain = logits(backend.model)
+    for folder in (*folders, folders[0]):
+        backend.load(folder)
+        alone = PeftModel.from_pretrained(copy.deepcopy(fresh.model), folder).eval()
+        assert torch.equal(logits(backend.model), logits(alone)) and not torch.equal(logits(alone), plain)
+    backend.load(None)
+    after = dict(backend.model.named_parameters())
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    assert (backend.model.get_input_embeddings().weight is backend.model.get_output_embeddings().weight) is tied
+    assert torch.equal(logits(backend.model), plain)
+
+
 def test_several_checkpoints_in_one_call(flags: list[str], make_model: Callable[..., Any], tmp_path: Path) -> None:
     run = tmp_path / "run"
     for step in (10, 5):
@@ -281,6 +443,7 @@ def test_several_checkpoints_in_one_call(flags: list[str], make_model: Callable[
             if "lora_B" in name:
                 parameter.data.normal_(std=float(step))
         model.save_pretrained(run / f"checkpoint-{step}")
+        (run / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"global_step": step}))
     flags += ["--checkpoints", str(run), "--temperature", "0"]
     assert cli.main(flags) == 0
     folders = sorted(p.name for p in (tmp_path / "out").iterdir())
@@ -292,6 +455,34 @@ def test_several_checkpoints_in_one_call(flags: list[str], make_model: Callable[
     assert len(texts) == 3  # base and both adapters answer differently
     args = EvaluateArguments(model="m", benchmarks=["b"], checkpoints=[str(run)])
     assert [t.label for t in find_targets(args)] == ["m", "run-checkpoint-5", "run-checkpoint-10"]
+
+
+def test_only_whole_checkpoints_are_evaluated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def checkpoint(folder: Path, state: str | None) -> str:
+        folder.mkdir(parents=True)
+        (folder / "adapter_config.json").write_text("{}")
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
+        return str(folder)
+
+    def labels(folder: Path | str) -> list[str]:
+        args = EvaluateArguments(model="m", benchmarks=["b"], checkpoints=[str(folder)])
+        return [target.label for target in find_targets(args)][1:]
+
+    run = tmp_path / "run"
+    whole = '{"global_step": 1}'
+    for name, state in (("20", whole), ("3", whole), ("40", None), ("30", '{"glob'), ("best", whole)):
+        checkpoint(run / f"checkpoint-{name}", state)
+    assert labels(run) == ["run-checkpoint-3", "run-checkpoint-20"]
+    assert "Passing over checkpoint-30, checkpoint-40" in capsys.readouterr().out
+    assert labels(run / "checkpoint-20") == ["checkpoint-20"] and labels(run / "checkpoint-best") == [
+        "checkpoint-best"
+    ]
+    assert labels(checkpoint(tmp_path / "final", None)) == ["final"]
+    killed = checkpoint(tmp_path / "killed" / "checkpoint-7", None)
+    for folder in (killed, tmp_path / "killed", run / "checkpoint-30"):
+        with pytest.raises(InputError, match="was not written to its end .checkpoint-"):
+            labels(folder)
 
 
 KILLED = """
@@ -394,6 +585,8 @@ def test_the_table_shows_the_paper_where_the_model_matches() -> None:
     assert "| *paper: purified, DASD-10K* | 79.4 |" in text
     assert "| new | 100.0 [100.0, 100.0]<br>+25.0 [+0.0, +50.0] |" in text
     assert "Not alike: `temperature` (base: 0.6, new: 1.0)" in text
+    retrained = compare([results("base", [0.5, 1.0]), results("new", [1.0, 1.0], adapter="a", adapter_weights="b")])
+    assert retrained["settings_that_differ"] == {}
     assert paper_rows("SmolLM2", ["aime24"]) == {}
     assert paper_rows("Qwen/Qwen3-4B", ["aime24", "aime25", "hmmt25"])["purified, DASD-10K"]["average"] == 63.7
     assert paper_rows("Qwen/Qwen3-4B", ["mine"]) == {}

@@ -13,6 +13,7 @@ import torch
 
 from ..contexts import Contexts
 from ..decomposition import STATISTICS, decomposition_stats, project_logits
+from ..errors import InputError
 from ..evaluate.backends import Request, Sampling, TransformersBackend
 from ..loss import LMHead, _projector
 from ..markers import TOKEN_CLASSES, MarkerCounter, TokenClassifier, distinct, has_answer
@@ -69,8 +70,18 @@ class Models:
         self.tokenizer: Any = base.tokenizer
 
     def use(self, student: TransformersBackend | None, adapter: str | None) -> None:
-        """Takes another model, or an adapter on the base, or neither, as the student."""
+        """
+        Takes another model, or an adapter on the base, or neither, as the student.
+
+        Raises:
+            `InputError`: for an adapter whose loading changes the base, as it would be measured against itself.
+        """
         self.base.load(adapter)
+        if changed := self.base.overwritten():
+            raise InputError(
+                f"`adapter`: {adapter} changes weights of the base itself ({changed[0]}, say), which disabling it "
+                "does not undo. Merge it into the model and name the result under `--checkpoints`."
+            )
         self.student = student or self.base
 
     @contextmanager

@@ -1,6 +1,5 @@
 """Who writes the samples: vLLM, or transformers as a fallback. Both yield each completion once it is finished."""
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -8,6 +7,7 @@ from typing import Any, Protocol
 import torch
 
 from ..extras import require_extra
+from ..self_teacher import INITS_THAT_MOVE_THE_BASE
 from .store import Key
 
 
@@ -88,7 +88,8 @@ class TransformersBackend:
     Generation by transformers, batch by batch.
 
     The samples of a batch share one random stream, seeded by its first request: a resumed evaluation draws the missing
-    samples from the same distribution, not the same samples.
+    samples from the same distribution, not the same samples. Of the model's own generation config only the end tokens
+    are kept: penalties and filters there would make its samples differ from vLLM's.
 
     Args:
         model (`str`):
@@ -98,6 +99,8 @@ class TransformersBackend:
         batch_size (`int`):
             Samples drawn at once.
     """
+
+    _kept: list[tuple[str, torch.nn.Parameter, torch.Tensor]]
 
     def __init__(self, model: str, dtype: str, batch_size: int):
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -111,13 +114,23 @@ class TransformersBackend:
 
     def load(self, adapter: str | None) -> None:
         if self.model is not self._base:
-            self._base = self.model.unload()
+            self._base = _without_adapter(self.model)
+            with torch.no_grad():
+                for _, parameter, before in self._kept:
+                    parameter.copy_(before)
         self.model = self._base
         if adapter is not None:
             require_extra("peft", "`adapter`")
             from peft import PeftModel
 
+            self._kept = _overwritable(self._base, adapter)
             self.model = PeftModel.from_pretrained(self._base, adapter).eval()
+
+    def overwritten(self) -> list[str]:
+        """Weights of the base into which the loaded adapter wrote other values, so that disabling it is not enough."""
+        if self.model is self._base:
+            return []
+        return [name for name, parameter, before in self._kept if not torch.equal(parameter.cpu(), before)]
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Completion]:
@@ -126,10 +139,9 @@ class TransformersBackend:
         # Those of the model's generation config as well: a chat model may end its turn by another token than its text
         ends = self._base.generation_config.eos_token_id
         stop = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-        decoding: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        if sampling.temperature > 0:
-            decoding = {"do_sample": True, "temperature": sampling.temperature}
-            decoding |= {"top_p": sampling.top_p, "top_k": sampling.top_k}
+        config = _generation_config(sampling, sorted(stop), pad)
+        # `generate` fills in from the model's config what is unset in the one it is passed
+        self._base.generation_config = config
         for start in range(0, len(requests), self.batch_size):
             batch = requests[start : start + self.batch_size]
             width = max(len(request.prompt_ids) for request in batch)
@@ -140,14 +152,55 @@ class TransformersBackend:
             output = self.model.generate(
                 input_ids=ids.to(self._base.device),
                 attention_mask=mask.to(self._base.device),
-                max_new_tokens=sampling.max_new_tokens,
-                eos_token_id=sorted(stop),
-                pad_token_id=pad,
-                **decoding,
+                generation_config=config,
             )
             for request, row in zip(batch, output[:, width:].tolist(), strict=True):
                 end = next((i for i, token in enumerate(row) if token in stop), None)
                 yield Completion(request.key, row[:end], truncated=end is None)
+
+
+def _generation_config(sampling: Sampling, ends: list[int], pad: int) -> Any:
+    from transformers import GenerationConfig
+
+    chosen: dict[str, Any] = {"do_sample": False}
+    if sampling.temperature > 0:
+        chosen = {"do_sample": True, "temperature": sampling.temperature}
+        chosen |= {"top_p": sampling.top_p, "top_k": sampling.top_k}
+    return GenerationConfig(max_new_tokens=sampling.max_new_tokens, eos_token_id=ends, pad_token_id=pad, **chosen)
+
+
+def _without_adapter(model: Any) -> Any:
+    """The base model. `PeftModel.unload()` alone leaves the trained copies of `modules_to_save` in it."""
+    from peft.utils import ModulesToSaveWrapper
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.original_module)
+    return model.unload()
+
+
+def _overwritable(base: Any, adapter: str) -> list[tuple[str, torch.nn.Parameter, torch.Tensor]]:
+    """
+    Names, weights and copies (on the host) of what loading an adapter may write into the base itself.
+
+    That is what the adapter's file holds under the base's own names (biases, embeddings that it adapts), and
+    everything if its initialisation changes the base, as PiSSA does.
+    """
+    from peft import PeftConfig
+    from peft.utils import load_peft_weights
+
+    names = {
+        key.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        for key in load_peft_weights(adapter, device="cpu")
+    }
+    init = getattr(PeftConfig.from_pretrained(adapter), "init_lora_weights", True)
+    moves_all = isinstance(init, str) and init.lower().startswith(INITS_THAT_MOVE_THE_BASE)
+    return [
+        (name, parameter, parameter.detach().to("cpu", copy=True))
+        for name, parameter in base.named_parameters()
+        if moves_all or name in names
+    ]
 
 
 class VLLMBackend:
@@ -249,6 +302,4 @@ def make_backend(
     """
     if kind == "vllm":
         return VLLMBackend(model, dtype, max_model_len, max_lora_rank, tp)
-    # Generation flags of the model's own config that these settings replace are no news
-    logging.getLogger("transformers.generation.configuration_utils").setLevel(logging.ERROR)
     return TransformersBackend(model, dtype, batch_size)

@@ -2,8 +2,9 @@
 Benchmarks: presets on the hub, or any local JSONL file with the fields `problem` and `answer`.
 """
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,11 @@ class Problem:
     problem: str
     answer: str
 
+    @property
+    def sha256(self) -> str:
+        """Hash of text and answer: what a stored sample belongs to, whatever the file's name and the id."""
+        return hashlib.sha256(json.dumps([self.problem, self.answer]).encode()).hexdigest()
+
 
 @dataclass(frozen=True)
 class Benchmark:
@@ -81,6 +87,35 @@ class Benchmark:
     source: str
     licence: str
     problems: tuple[Problem, ...]
+
+
+def load_benchmarks(names: Sequence[str], limit: int | None = None) -> list[Benchmark]:
+    """
+    Loads several presets or local JSONL files.
+
+    Args:
+        names (`Sequence[str]`):
+            Keys of `PRESETS`, or paths of JSONL files.
+        limit (`int`, *optional*):
+            Only the first problems of each.
+
+    Returns:
+        `list[Benchmark]`
+
+    Raises:
+        `InputError`: if two have one name, and as in [`load_benchmark`].
+    """
+    # Before anything is loaded: a preset comes from the hub
+    given: dict[str, str] = {}
+    for name in names:
+        called = name if name in PRESETS else Path(name).stem
+        if called in given:
+            raise InputError(
+                f"`benchmarks`: `{given[called]}` and `{name}` are both called `{called}`, and samples are stored by "
+                "that name. Rename one of the files, or name it once."
+            )
+        given[called] = name
+    return [load_benchmark(name, limit) for name in names]
 
 
 def load_benchmark(name: str, limit: int | None = None) -> Benchmark:
@@ -136,7 +171,8 @@ def _from_file(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise InputError(f"`benchmarks`: there is no file {path}.")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # `splitlines` would also split at U+2028 and the like, which may stand in a JSON string
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -123,8 +123,11 @@ def _values(result: dict[str, Any], benchmark: str, metric: str) -> list[float]:
     return [values[problem] for problem in sorted(values)]
 
 
+_IDENTITY = {"model", "model_weights", "adapter", "adapter_weights"}  # what is compared differs in these
+
+
 def _differing(results: Sequence[dict[str, Any]], labels: Sequence[str]) -> dict[str, dict[str, Any]]:
-    keys = sorted({key for result in results for key in result["settings"]} - {"model", "adapter"})
+    keys = sorted({key for result in results for key in result["settings"]} - _IDENTITY)
     return {
         key: {label: result["settings"].get(key) for label, result in zip(labels, results, strict=True)}
         for key in keys

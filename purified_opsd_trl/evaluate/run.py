@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints import checkpoint_folders, is_whole
 from ..errors import InputError
 from ..markers import MarkerCounter
 from .answers import grade
 from .arguments import EvaluateArguments
 from .backends import Backend, Completion, Request, Sampling, make_backend
-from .benchmarks import Benchmark, Problem, load_benchmark
+from .benchmarks import Benchmark, Problem, load_benchmarks
 from .store import SampleStore
 from .summary import print_summary, summarise
 
@@ -59,13 +60,12 @@ def find_targets(args: EvaluateArguments) -> list[Target]:
         `list[Target]`
 
     Raises:
-        `InputError`: if a folder is neither a model nor an adapter, or two have one name.
+        `InputError`: if a folder is neither a model nor an adapter, was not written to its end, or two have one name.
     """
     targets = [] if args.adapter else [Target(_label(args.model), args.model)]
     targets += [Target(_label(path), args.model, path) for path in args.adapter]
     for folder in map(Path, args.checkpoints):
-        found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rsplit("-", 1)[1])) or [folder]
-        for path in found:
+        for path in _whole_checkpoints(folder):
             label = f"{folder.name}-{path.name}" if path != folder else folder.name
             if (path / "adapter_config.json").is_file():
                 targets.append(Target(label, args.model, str(path)))
@@ -80,6 +80,25 @@ def find_targets(args: EvaluateArguments) -> list[Target]:
         twice = next(label for label in labels if labels.count(label) > 1)
         raise InputError(f"Two models are called `{twice}`; evaluate them into different `--output_dir`s.")
     return targets
+
+
+def _whole_checkpoints(folder: Path) -> list[Path]:
+    """Those of a run, or the one that is named; a folder of another kind is taken as it is."""
+    found = checkpoint_folders(folder)
+    if not found and folder not in checkpoint_folders(folder.parent):
+        return [folder]
+    found = found or [folder]
+    whole = [path for path in found if is_whole(path)]
+    incomplete = ", ".join(path.name for path in found if path not in whole)
+    if not whole:
+        raise InputError(
+            f"`checkpoints`: {folder} was not written to its end ({incomplete} holds no whole `trainer_state.json`, "
+            "which comes last). Name another checkpoint; a folder whose weights are whole may go to `--adapter` or "
+            "`--model`."
+        )
+    if incomplete:
+        print(f"Passing over {incomplete} in {folder}: not written to the end")
+    return whole
 
 
 def _label(path: str) -> str:
@@ -133,6 +152,28 @@ class Prompter:
         }
 
 
+def weights_fingerprint(model: str) -> str | None:
+    """
+    Tells weights in a folder from others that were there before, so that samples of a retrained model are not mixed.
+
+    It is made of names, sizes and modification times, not of the contents: these are many gigabytes, which would be
+    read at every call. So a copy that does not keep modification times counts as other weights.
+
+    Args:
+        model (`str`):
+            Folder of a model or an adapter, or a hub id.
+
+    Returns:
+        `str` or `None`: fingerprint; `None` for what is not a local folder.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        return None
+    files = [(file.name, file.stat()) for file in sorted(folder.glob("*.safetensors"))]
+    described = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
+
+
 def evaluate_target(
     target: Target, backend: Backend, benchmarks: Sequence[Benchmark], args: EvaluateArguments
 ) -> dict[str, Any]:
@@ -156,7 +197,9 @@ def evaluate_target(
     prompting = prompter.settings(benchmarks[0].problems[0])
     settings = {
         "model": target.model,
+        "model_weights": weights_fingerprint(target.model),
         "adapter": target.adapter,
+        "adapter_weights": target.adapter and weights_fingerprint(target.adapter),
         "temperature": args.temperature,
         "top_p": args.top_p,
         "top_k": args.top_k,
@@ -168,12 +211,14 @@ def evaluate_target(
         "chat_template_kwargs": args.template_kwargs,
         "chat_template_sha256": prompting["chat_template_sha256"],
         "dtype": args.dtype,
+        "backend": type(backend).__name__.removesuffix("Backend").lower(),  # which `auto` is by then
     }
     folder = Path(args.output_dir, target.label)
     started = time.perf_counter()
     counter = MarkerCounter(args.markers)
     problems = {(b.name, p.id): p for b in benchmarks for p in b.problems}
     with SampleStore(folder, settings) as store:
+        store.check_problems({key: problem.sha256 for key, problem in problems.items()})
         requests = [r for r in _requests(benchmarks, prompter, args) if r.key not in store.records]
         drawn = 0
         if requests:
@@ -187,7 +232,7 @@ def evaluate_target(
         results = {
             "label": target.label,
             "settings": settings,
-            "backend": type(backend).__name__.removesuffix("Backend").lower(),
+            "backend": settings["backend"],
             "prompting": prompting,
             "versions": _versions(),
             "licences": {b.name: b.licence for b in benchmarks},
@@ -224,6 +269,7 @@ def _record(
         "benchmark": benchmark,
         "problem_id": problem_id,
         "sample": sample,
+        "problem_sha256": problem.sha256,
         "expected": problem.answer,
         "answer": found.answer,
         "correct": found.correct,
@@ -258,7 +304,7 @@ def evaluate(args: EvaluateArguments) -> list[dict[str, Any]]:
     """
     grade("1", "1")  # a missing extra is known before the first sample, not after it
     targets = find_targets(args)
-    benchmarks = [load_benchmark(name, args.limit) for name in args.benchmarks]
+    benchmarks = load_benchmarks(args.benchmarks, args.limit)
     kind = args.backend
     if kind == "auto":
         kind = "vllm" if importlib.util.find_spec("vllm") else "transformers"

@@ -7,6 +7,7 @@ is cut off.
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -57,13 +58,31 @@ class SampleStore:
                 ) from None
         return whole
 
+    def check_problems(self, hashes: Mapping[tuple[str, str], str]) -> None:
+        """
+        Refuses to go on with samples of other problems. Samples of problems that are not asked for are left alone.
+
+        Args:
+            hashes (`Mapping[tuple[str, str], str]`):
+                By benchmark and problem id: hash of problem and answer, as the samples hold it in `problem_sha256`.
+
+        Raises:
+            `InputError`: if a sample was drawn for another problem, or graded by another answer.
+        """
+        for (benchmark, problem, _), record in self.records.items():
+            if record.get("problem_sha256") != hashes.get((benchmark, problem), record.get("problem_sha256")):
+                raise InputError(
+                    f"{self.path} holds samples of another problem {problem!r} of `{benchmark}`: its text or its "
+                    "answer is not the one they were drawn for. Choose another `--output_dir`, or remove that file."
+                )
+
     def append(self, record: dict[str, Any]) -> None:
         """
         Writes one sample, down to the disk.
 
         Args:
             record (`dict`):
-                JSON types, with `benchmark`, `problem_id` and `sample`.
+                JSON types, with `benchmark`, `problem_id`, `sample` and `problem_sha256`.
         """
         self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
         self._file.flush()
@@ -83,13 +102,19 @@ def _key(record: dict[str, Any]) -> Key:
     return record["benchmark"], record["problem_id"], record["sample"]
 
 
+def _shown(settings: dict[str, Any], key: str) -> str:
+    return repr(settings[key]) if key in settings else "not recorded"
+
+
 def _check_settings(path: Path, settings: dict[str, Any]) -> None:
     settings = json.loads(json.dumps(settings))
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
         changed = sorted(key for key in before.keys() | settings.keys() if before.get(key) != settings.get(key))
         if changed:
-            named = ", ".join(f"`{key}` ({before.get(key)!r} then, {settings.get(key)!r} now)" for key in changed[:3])
+            named = ", ".join(
+                f"`{key}` ({_shown(before, key)} then, {_shown(settings, key)} now)" for key in changed[:3]
+            )
             raise InputError(
                 f"{path.parent} holds samples drawn with other settings: {named}. Choose another `--output_dir`, or "
                 "remove that folder."

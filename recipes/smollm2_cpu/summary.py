@@ -8,6 +8,7 @@ the model with its adapter, every frozen distribution the same model without it.
 """
 
 import argparse
+import itertools
 import json
 import textwrap
 from contextlib import AbstractContextManager, nullcontext
@@ -153,7 +154,8 @@ def main() -> None:
     print_log(args.output_dir)
 
     scorer = Scorer(args.output_dir)
-    rows = [json.loads(line) for line in args.data.read_text().splitlines()[:HELD_OUT]]
+    with args.data.open(encoding="utf-8") as lines:  # a string may hold what `splitlines` takes for an end of line
+        rows = [json.loads(line) for line in itertools.islice(lines, HELD_OUT)]
     completions = scorer.complete([row["prompt"] for row in rows], frozen=True)
     scores = [score(scorer, row, completion) for row, completion in zip(rows, completions, strict=True)]
     print(f"\n{len(rows)} held-out problems, the base model's greedy completions (nats a token)")
