@@ -398,16 +398,20 @@ def test_what_reproduce_would_run_parses(
     assert compared[1:] == runs
 
 
-def test_reproduce_goes_on_where_it_stopped(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("written", "resumes"), [("trainer_state.json", "true"), ("optimizer.pt", None)], ids=["whole", "incomplete"]
+)
+def test_reproduce_goes_on_where_it_stopped(tmp_path: Path, written: str, resumes: str | None) -> None:
     done, begun = tmp_path / "Qwen3-4B-opsd-dasd", tmp_path / "Qwen3-4B-purified-dasd"
-    for file in (tmp_path / "data/dasd_10k.jsonl", done / "adapter_model.safetensors", begun / "checkpoint-50/state"):
+    checkpoint = begun / "checkpoint-50"
+    for file in (tmp_path / "data/dasd_10k.jsonl", done / "adapter_model.safetensors", checkpoint / written):
         file.parent.mkdir(parents=True)
         file.touch()
     result = reproduce("Qwen3-4B", "dasd", DRY_RUN="1", OUTPUT=str(tmp_path))
     assert result.returncode == 0, result.stderr
     train, evaluate, compare = map(shlex.split, result.stdout.splitlines())
     _, training, _, _ = parse(train[2:])
-    assert (training.target, training.resume_from_checkpoint) == ("purified", "true")
+    assert (training.target, training.resume_from_checkpoint) == ("purified", resumes)
     assert evaluate[2] == "--model" and compare[2] == "--compare"
 
 
