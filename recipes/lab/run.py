@@ -199,10 +199,10 @@ def distil(run: Run, base: Path, eval_problems: int = 512) -> dict[str, Any]:
 
 
 def save(result: dict[str, Any], path: Path) -> None:
-    """Writes a result as JSON with four digits."""
+    """Writes a result as JSON, the rates of the curve with four digits."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    short = json.loads(json.dumps(result), parse_float=lambda text: round(float(text), 4))
-    path.write_text(json.dumps(short, indent=1) + "\n")
+    curve = json.loads(json.dumps(result["curve"]), parse_float=lambda text: round(float(text), 4))
+    path.write_text(json.dumps({**result, "curve": curve}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
