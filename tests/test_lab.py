@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from purified_opsd_trl import PurifiedOPSDConfig
-from recipes.lab.figure import draw, table
+from recipes.lab.figure import draw, spread, table
 from recipes.lab.run import Run, distil, save
 from recipes.lab.stale import StaleRolloutTrainer
 from recipes.lab.task import Counts, Habits, Problem, count, sample_problem, write_response
@@ -55,6 +55,14 @@ def test_habits_are_what_is_counted() -> None:
     assert rates["wait_given_right"] == pytest.approx(0.25, abs=0.02)
     assert rates["wait_given_wrong"] == pytest.approx(0.6, abs=0.04)
     assert rates["jumps"] == 0.0
+
+
+def test_a_rate_without_an_occasion_is_missing_not_zero() -> None:
+    rates = Counts(responses=2, right=3, tokens=8).rates()
+    assert (rates["error_rate"], rates["wait_given_right"]) == (0.0, 0.0)
+    assert rates["wait_given_wrong"] is None and rates["repaired_given_wait"] is None
+    assert spread([None, 0.5, None]) == "0.50" and spread([None]) == "-"
+    assert spread([0.25, None, 0.75]) == "0.50 ± 0.35"
 
 
 def test_slips_forget_the_operation() -> None:

@@ -6,6 +6,7 @@ Table and figure of the lab's results.
 
 import argparse
 import json
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
@@ -26,8 +27,11 @@ def load(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
 
 
-def spread(values: list[float], digits: int = 2) -> str:
-    """Mean, and standard deviation over runs where there are two or more."""
+def spread(rates: Sequence[float | None], digits: int = 2) -> str:
+    """Mean, and standard deviation over runs where there are two or more, of the runs that have this rate."""
+    values = _present(rates)
+    if math.isnan(values[0]):
+        return "-"
     mean = f"{statistics.fmean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
@@ -172,19 +176,24 @@ def draw_settings(results: list[dict[str, Any]], settings: Sequence[tuple[Any, s
 
 
 def _mean(curves: list[list[dict[str, Any]]], decoding: str, key: str) -> tuple[list[int], list[float]]:
-    """Steps, and the mean over runs at each."""
+    """Steps, and the mean over runs at each, of those that have this rate; NaN where none has."""
     points = [*zip(*curves, strict=True)]
-    return [at[0]["step"] for at in points], [statistics.fmean(point[decoding][key] for point in at) for at in points]
+    rates = [_present([point[decoding][key] for point in at]) for at in points]
+    return [at[0]["step"] for at in points], [*map(statistics.fmean, rates)]
+
+
+def _present(rates: Sequence[float | None]) -> list[float]:
+    return [rate for rate in rates if rate is not None] or [math.nan]
 
 
 def _draw_panel(axis: Any, runs: list[dict[str, Any]], decoding: str, key: str) -> None:
     for target in ("teacher", "purified"):
         curves = [r["curve"] for r in runs if r["run"]["target"] == target]
         steps, mean = _mean(curves, decoding, key)
-        values = [[point[decoding][key] for point in at] for at in zip(*curves, strict=True)]
+        values = [_present([point[decoding][key] for point in at]) for at in zip(*curves, strict=True)]
         axis.plot(steps, mean, color=COLOURS[target], label=NAMES[target], linewidth=2)
         axis.fill_between(steps, [*map(min, values)], [*map(max, values)], color=COLOURS[target], alpha=0.18, lw=0)
-    base = statistics.fmean(run["curve"][0][decoding][key] for run in runs)
+    base = statistics.fmean(_present([run["curve"][0][decoding][key] for run in runs]))
     axis.axhline(base, color=COLOURS["base"], linestyle="--", linewidth=1.2, label=NAMES["base"])
     _style(axis, key)
 

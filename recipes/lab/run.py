@@ -122,7 +122,7 @@ def respond(model: Any, tokenizer: Any, prompts: list[str], greedy: bool, max_ne
     return [words_of(row, tokenizer) for row in ids[:, inputs["input_ids"].shape[1] :].tolist()]
 
 
-def evaluate(model: Any, tokenizer: Any, held_out: list[Problem], seed: int = 0) -> dict[str, dict[str, float]]:
+def evaluate(model: Any, tokenizer: Any, held_out: list[Problem], seed: int = 0) -> dict[str, dict[str, float | None]]:
     """Rates at temperature 1 and greedy, of one response a problem; leaves the random state as it was."""
     rates = {}
     with torch.random.fork_rng():

@@ -199,16 +199,20 @@ class Counts:
     def __add__(self, other: "Counts") -> "Counts":
         return Counts(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
-    def rates(self) -> dict[str, float]:
-        """Accuracy, waits and tokens a response, and the conditional rates; 0 where nothing was seen."""
+    def rates(self) -> dict[str, float | None]:
+        """Accuracy, waits and tokens a response, and the conditional rates; `None` where the condition never held."""
+
+        def share(part: int, whole: int) -> float | None:
+            return part / whole if whole else None
+
         return {
             "accuracy": self.correct / self.responses,
             "waits": self.waits / self.responses,
             "jumps": self.jumps / self.responses,
-            "error_rate": self.wrong / max(self.right + self.wrong, 1),
-            "wait_given_right": self.right_waits / max(self.right, 1),
-            "wait_given_wrong": self.wrong_waits / max(self.wrong, 1),
-            "repaired_given_wait": self.repaired / max(self.wrong_waits, 1),
+            "error_rate": share(self.wrong, self.right + self.wrong),
+            "wait_given_right": share(self.right_waits, self.right),
+            "wait_given_wrong": share(self.wrong_waits, self.wrong),
+            "repaired_given_wait": share(self.repaired, self.wrong_waits),
             "tokens": self.tokens / self.responses,
         }
 
