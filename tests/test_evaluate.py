@@ -608,6 +608,16 @@ def test_results_that_cannot_be_paired_are_refused(tmp_path: Path) -> None:
         (tmp_path / f"{name}.json").write_text(json.dumps(results(name, values)))
     with pytest.raises(InputError, match="not evaluated on the same problems"):
         load_results([str(tmp_path / "a.json"), str(tmp_path / "b.json")])
+
+
+def test_results_on_other_problems_of_the_same_names_are_refused(tmp_path: Path) -> None:
+    hashes = {"a": {"aime24": {"0": "x", "1": "y"}}, "b": {"aime24": {"0": "x", "1": "z"}}, "old": None}
+    for name, of_problems in hashes.items():
+        extra = {"problem_sha256": of_problems} if of_problems else {}
+        (tmp_path / f"{name}.json").write_text(json.dumps({**results(name, [0.5, 0.25]), **extra}))
+    with pytest.raises(InputError, match="not evaluated on the same problems"):
+        load_results([str(tmp_path / "a.json"), str(tmp_path / "b.json")])
+    assert len(load_results([str(tmp_path / "a.json"), str(tmp_path / "old.json")])) == 2
     with pytest.raises(InputError, match="two result files at least"):
         load_results([str(tmp_path / "a.json")])
     with pytest.raises(InputError, match="no file"):

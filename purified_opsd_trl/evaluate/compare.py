@@ -48,7 +48,8 @@ def load_results(paths: Sequence[str]) -> list[dict[str, Any]]:
                 f"`compare`: {path} has {other['num_samples']} samples a problem, {paths[0]} has "
                 f"{first['num_samples']}. Evaluate both with the same `--num_samples`."
             )
-        if _problems(other) != _problems(first):
+        hashes = first.get("problem_sha256"), other.get("problem_sha256")  # results of old have none
+        if _problems(other) != _problems(first) or (None not in hashes and hashes[0] != hashes[1]):
             raise InputError(f"`compare`: {path} and {paths[0]} were not evaluated on the same problems.")
     return results
 

@@ -237,6 +237,7 @@ def evaluate_target(
             "versions": _versions(),
             "licences": {b.name: b.licence for b in benchmarks},
             "sources": {b.name: b.source for b in benchmarks},
+            "problem_sha256": {b.name: {p.id: p.sha256 for p in b.problems} for b in benchmarks},
             "samples_drawn_now": drawn,
             **summarise(store.records.values(), benchmarks, args.num_samples, counter.markers, args.seed),
         }
