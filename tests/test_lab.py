@@ -13,6 +13,7 @@ from purified_opsd_trl import PurifiedOPSDConfig
 from recipes.lab.figure import draw, spread, table
 from recipes.lab.run import Run, distil, save
 from recipes.lab.stale import StaleRolloutTrainer
+from recipes.lab.targets import expectations
 from recipes.lab.task import Counts, Habits, Problem, count, sample_problem, write_response
 
 
@@ -88,6 +89,24 @@ def test_consulting_the_reference_leaves_only_errors_it_cannot_show() -> None:
     first = [int(write_response(PROBLEM, always_wrong, rng, consults=True).split()[2]) for _ in range(300)]
     assert set(first) == {3, 5, 6}  # put right, or another value of the reference
     assert first.count(5) / 300 == pytest.approx(4 / 6, abs=0.1)
+
+
+def test_expectations_are_those_of_the_definition() -> None:
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    contexts = [f"{PROBLEM.question}", f"{PROBLEM.question} <r> 5 </r>", "<r> 5 </r>"]
+    with torch.no_grad():  # after "4 A" comes 5, or 4 if the operation is forgotten
+        prompts = [tokenizer(f"{context} 4 A", return_tensors="pt")["input_ids"] for context in contexts]
+        base, teacher, probe = (model(input_ids=ids).logits[0, -1].softmax(-1) for ids in prompts)
+    target = base * teacher / probe
+    target /= target.sum()
+    found = expectations(BASE, [PROBLEM], pmi_clip=1e6)
+    right, forgotten = tokenizer.convert_tokens_to_ids(["5", "4"])
+    for name, p in (("base", base), ("teacher", teacher), ("reference only", probe), ("target", target)):
+        assert found["A"][name] == pytest.approx((p[right].item(), p[forgotten].item()), rel=1e-4)
+    assert list(found) == list("ABCD")
+    flat = expectations(BASE, [PROBLEM], pmi_beta=1e6)
+    assert flat["D"]["target"] == pytest.approx(flat["D"]["base"], rel=1e-4)
 
 
 @pytest.mark.parametrize("lag", [0, 2])
