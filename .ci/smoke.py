@@ -70,20 +70,12 @@ def main() -> None:
     rows = [{"problem": f"What is {i} + 1?", "solution": f"It is {i + 1}."} for i in range(4)]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     columns = ("--dataset_prompt_column", "problem", "--dataset_reference_column", "solution")
-    quiet = (
-        "--report_to",
-        "none",
-        "--logging_steps",
-        "1",
-        "--disable_tqdm",
-        "True",
-        "--dataloader_pin_memory",
-        "False",
-    )
+    quiet = ("--report_to", "none", "--disable_tqdm", "True", "--dataloader_pin_memory", "False")
+    logs = ("--logging_steps", "1")
     cpu = ("--use_cpu", "True", "--bf16", "False", "--num_processes", "1", "--mixed_precision", "no")
     small = ("--max_steps", "2", "--max_completion_length", "8", "--per_device_train_batch_size", "2")
     data = ("--dataset_name", "rows.jsonl", *columns, "--output_dir", "run")
-    command("train", "--model_name_or_path", "model", *data, *small, *cpu, *quiet)
+    command("train", "--model_name_or_path", "model", *data, *small, *cpu, *quiet, *logs)
     state = json.loads(Path("run/checkpoint-2/trainer_state.json").read_text())
     losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
     assert len(losses) == 2 and all(loss > 0 for loss in losses), losses

@@ -127,9 +127,9 @@ class WholeCheckpoints(Trainer):
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
         # A checkpoint written without one of these (by another trainer) left no entry for it, and saving wants one
+        states: Any = self.state.stateful_callbacks  # a dict, whatever its annotation says
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, ExportableState):
-                states: Any = self.state.stateful_callbacks  # a dict, whatever its annotation says
                 states.setdefault(type(callback).__name__, {})
         super()._save_checkpoint(model, trial)
 

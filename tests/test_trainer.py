@@ -147,6 +147,18 @@ def one_step(trainer: PurifiedOPSDTrainer, rows: list[dict[str, Any]]) -> float:
     return trainer.training_step(trainer.model, rows, None).item()
 
 
+def assert_one_step(
+    trainer: PurifiedOPSDTrainer, rows: list[dict[str, Any]], loss: float, grads: dict[str, torch.Tensor]
+) -> None:
+    """One step has this loss and these gradients, and no others."""
+    assert one_step(trainer, rows) == pytest.approx(loss, rel=1e-5, abs=1e-6)
+    own = {n: p.grad for n, p in trainer.model.named_parameters() if p.requires_grad and p.grad is not None}
+    assert own.keys() == grads.keys()
+    scale = max(grad.abs().max().item() for grad in grads.values())
+    for name, grad in own.items():
+        torch.testing.assert_close(grad.double(), grads[name], rtol=1e-3, atol=1e-5 * scale, msg=name)
+
+
 def first_rows(trainer: PurifiedOPSDTrainer, count: int) -> list[dict[str, Any]]:
     return [trainer.train_dataset[i] for i in range(count)]
 
@@ -185,16 +197,7 @@ def test_training_step_equals_the_computation_by_hand(build: Build, case: str, l
     move_student(trainer)
     fixed_rollout(trainer)
     rows = first_rows(trainer, 4)
-    expected_loss, expected_grads = by_hand(trainer, rows, completions_for(trainer, rows), initial)
-
-    loss = one_step(trainer, rows)
-
-    assert loss == pytest.approx(expected_loss, rel=1e-5, abs=1e-6)
-    grads = {n: p.grad for n, p in trainer.model.named_parameters() if p.requires_grad and p.grad is not None}
-    assert grads.keys() == expected_grads.keys()
-    scale = max(grad.abs().max().item() for grad in expected_grads.values())
-    for name, grad in grads.items():
-        torch.testing.assert_close(grad.double(), expected_grads[name], rtol=1e-3, atol=1e-5 * scale, msg=name)
+    assert_one_step(trainer, rows, *by_hand(trainer, rows, completions_for(trainer, rows), initial))
 
 
 @pytest.mark.parametrize("architecture", ["gemma2", "cohere", "granite", "phi"])
@@ -207,15 +210,7 @@ def test_every_kind_of_head_is_exact(build: Build, architecture: str, lora: bool
     move_student(trainer)
     fixed_rollout(trainer)
     rows = first_rows(trainer, 2)
-    expected_loss, expected_grads = by_hand(trainer, rows, completions_for(trainer, rows), initial)
-    loss = one_step(trainer, rows)
-    assert loss == pytest.approx(expected_loss, rel=1e-5, abs=1e-6)
-    scale = max(grad.abs().max().item() for grad in expected_grads.values())
-    for name, parameter in trainer.model.named_parameters():
-        if name in expected_grads:
-            torch.testing.assert_close(
-                parameter.grad.double(), expected_grads[name], rtol=1e-3, atol=1e-5 * scale, msg=name
-            )
+    assert_one_step(trainer, rows, *by_hand(trainer, rows, completions_for(trainer, rows), initial))
 
 
 def test_qlora_equals_the_computation_by_hand(build: Build, model_dir: Path) -> None:
@@ -249,13 +244,7 @@ def test_qlora_equals_the_computation_by_hand(build: Build, model_dir: Path) -> 
     student = get_peft_model(copy.deepcopy(initial), copy.deepcopy(LORA))
     set_peft_model_state_dict(student, get_peft_model_state_dict(trainer.model))
     twin: Any = SimpleNamespace(args=trainer.args, processing_class=trainer.processing_class, model=student)
-    expected_loss, expected_grads = by_hand(twin, rows, completions_for(trainer, rows), initial)
-
-    assert one_step(trainer, rows) == pytest.approx(expected_loss, rel=1e-5, abs=1e-6)
-    scale = max(grad.abs().max().item() for grad in expected_grads.values())
-    for name, grad in expected_grads.items():
-        own = trainer.model.get_parameter(name).grad
-        torch.testing.assert_close(own.double(), grad, rtol=1e-3, atol=1e-5 * scale, msg=name)
+    assert_one_step(trainer, rows, *by_hand(twin, rows, completions_for(trainer, rows), initial))
 
 
 def weights_after_one_step(build: Build, **fields: Any) -> dict[str, torch.Tensor]:

@@ -70,7 +70,8 @@ class SampleStore:
             `InputError`: if a sample was drawn for another problem, or graded by another answer.
         """
         for (benchmark, problem, _), record in self.records.items():
-            if record.get("problem_sha256") != hashes.get((benchmark, problem), record.get("problem_sha256")):
+            key = (benchmark, problem)
+            if key in hashes and record.get("problem_sha256") != hashes[key]:
                 raise InputError(
                     f"{self.path} holds samples of another problem {problem!r} of `{benchmark}`: its text or its "
                     "answer is not the one they were drawn for. Choose another `--output_dir`, or remove that file."

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from purified_opsd_trl import purified_target_logits
-from recipes.lab.pretrain import CLEAN, WORLDS, pretrain
+from recipes.lab.pretrain import CLEAN, MODULUS, WORLDS, pretrain
 from recipes.lab.run import EVAL_SEED, problems
 from recipes.lab.task import LABELS, REFERENCE_TEMPLATE, TEACHER_TEMPLATE, Problem, write_response
 
@@ -75,8 +75,7 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0, help="of the base model")
     options = parser.parse_args()
     folder = pretrain(options.world, options.seed)
-    modulus = sum(token.isdecimal() for token in AutoTokenizer.from_pretrained(folder).get_vocab())
     print("| operation | " + " | ".join(f"{name}: right, forgotten" for name in DISTRIBUTIONS) + " |")
     print("|---" * (1 + len(DISTRIBUTIONS)) + "|")
-    for label, found in expectations(folder, problems(EVAL_SEED, 256, modulus, held_out=True)).items():
+    for label, found in expectations(folder, problems(EVAL_SEED, 256, MODULUS, held_out=True)).items():
         print(f"| {label} | " + " | ".join(f"{a:.2f}, {b:.2f}" for a, b in found.values()) + " |")
