@@ -4,9 +4,10 @@ from .collator import PurificationCollator, ScoringBatch
 from .config import PurifiedOPSDConfig
 from .contexts import Contexts, build_contexts
 from .errors import InputError
-from .loss import LMHead
-from .purification import Decomposition, centre, decompose, divergence, purified_target_logits, soft_clip
-from .scoring import ScoringStats, TeacherScores, TeacherScoringCallback
+from .head import LMHead
+from .purification import Decomposition, center, decompose, divergence, purified_target_logits, soft_clip
+from .scores import ScoringStats, TeacherScores
+from .scoring import TeacherScoringCallback
 from .trainer import PurifiedOPSDTrainer
 
 
@@ -23,7 +24,7 @@ __all__ = [
     "TeacherScores",
     "TeacherScoringCallback",
     "build_contexts",
-    "centre",
+    "center",
     "decompose",
     "divergence",
     "purified_target_logits",

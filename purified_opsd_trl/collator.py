@@ -5,14 +5,12 @@ Shapes: `B` rows of the generation batch, `C` longest completion, `H` hidden siz
 `L` its padded length, `p` shared prefixes of the batch, `P` their padded length.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 
 import torch
 from trl.trainer.utils import pad
-
-from .scoring import TeacherScores
 
 
 # Tokens that teacher and reference-only prompt must share at least for their prefix to be run once: it takes one
@@ -162,8 +160,8 @@ class PurificationCollator:
         self,
         prompt_ids: dict[str, list[list[int]]],
         completion_ids: list[list[int]],
-        num_forwards: int | None = None,
         share_prefixes: bool = False,
+        agree: Callable[[int], int] | None = None,
     ) -> list[ScoringBatch]:
         """
         Joins prompts and completions, sorts the sequences of all contexts by length and pads them.
@@ -173,13 +171,14 @@ class PurificationCollator:
                 Prompt ids of every row, by context.
             completion_ids (`list[list[int]]`):
                 Completion ids of every row, the same for all contexts.
-            num_forwards (`int`, *optional*):
-                Number of forwards that the batches take at least: where parameters are sharded, all processes must
-                run the same number. Batches are split, largest first, and when nothing is left to split the last one
-                is repeated; a repetition writes the same values again.
             share_prefixes (`bool`, *optional*, defaults to `False`):
                 Whether the prefix that a row's teacher and reference-only prompt share is run once for both, and for
                 all rows of the batch that begin so. The two stay in one batch, even where it may hold one sequence.
+            agree (`Callable[[int], int]`, *optional*):
+                Number of forwards of this process to the number that all processes must run, the largest of them:
+                where parameters are sharded, one forward more on one process would hang. Batches are split, largest
+                first, and when nothing is left to split the last one is repeated; a repetition writes the same values
+                again.
 
         Returns:
             `list[ScoringBatch]`.
@@ -190,7 +189,8 @@ class PurificationCollator:
             for row, prompt in enumerate(prompts)
         }
         groups = self._groups(sequences, self.shared_prefixes(prompt_ids) if share_prefixes else {})
-        missing = (num_forwards or 0) - sum(2 if group.prefixes else 1 for group in groups)
+        own = sum(2 if group.prefixes else 1 for group in groups)
+        missing = 0 if agree is None else agree(own) - own
         if missing > 0:
             groups = _with_more_forwards(groups, missing)
         return [self._batch(group, sequences, completion_ids) for group in groups]
@@ -242,14 +242,14 @@ class PurificationCollator:
         return padded[0], padded[1]
 
     def training_tensors(
-        self, scores: TeacherScores, states: tuple[str, ...], dtype: torch.dtype | None = None
+        self, hidden: Mapping[str, torch.Tensor], states: tuple[str, ...], dtype: torch.dtype | None = None
     ) -> dict[str, torch.Tensor]:
         """
         Turns scores into the batch-first tensors that the loss reads.
 
         Args:
-            scores ([`TeacherScores`]):
-                Hidden states of each context.
+            hidden (`Mapping[str, torch.Tensor]`):
+                Hidden states `[B, C, H]` of each context, [`TeacherScores.hidden`].
             states (`tuple[str, ...]`):
                 What the loss needs, of `"base"`, `"teacher"`, `"reference_only"` and `"delta"`. `delta` is
                 `h_teacher - h_reference_only`, subtracted in fp32: through a linear head it carries the whole
@@ -260,13 +260,13 @@ class PurificationCollator:
         Returns:
             `dict[str, torch.Tensor]`: `"<state>_hidden"` of shape `[B, C, H]`.
         """
-        return {f"{state}_hidden": _state(scores, state, dtype) for state in states}
+        return {f"{state}_hidden": _state(hidden, state, dtype) for state in states}
 
 
-def _state(scores: TeacherScores, state: str, dtype: torch.dtype | None) -> torch.Tensor:
+def _state(hidden: Mapping[str, torch.Tensor], state: str, dtype: torch.dtype | None) -> torch.Tensor:
     if state != "delta":
-        return scores.hidden[state].to(dtype or scores.hidden[state].dtype)
-    teacher, reference_only = scores.hidden["teacher"], scores.hidden["reference_only"]
+        return hidden[state].to(dtype or hidden[state].dtype)
+    teacher, reference_only = hidden["teacher"], hidden["reference_only"]
     delta = torch.empty_like(teacher, dtype=dtype or teacher.dtype)
     for row in range(len(delta)):  # row by row: the fp32 difference of the whole batch would double the memory
         delta[row] = teacher[row].float() - reference_only[row].float()

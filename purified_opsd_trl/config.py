@@ -1,12 +1,13 @@
 """Every knob of purified self-distillation, in one validated dataclass."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from trl import DistillationConfig
 
 from .errors import InputError
+from .kernels.settings import LossSettings
 from .markers import DEFAULT_MARKERS
 
 
@@ -104,7 +105,7 @@ class PurifiedOPSDConfig(DistillationConfig):
         loss_type (`str`, *optional*, defaults to `"divergence"`):
             `"divergence"`: generalised Jensen-Shannon divergence over the full vocabulary, interpolated by `beta`.
             `"sampled_token"`: policy-gradient style, with the advantage `log P_target(y) - log pi_theta(y)` of each
-            sampled token y; `beta` and `kl_clip` play no part.
+            sampled token y; `beta` has no effect, `kl_clip` is refused.
         kl_clip (`float`, *optional*):
             Upper bound, in nats, of what one vocabulary entry may contribute to a token's divergence (a stabiliser
             of plain OPSD). `None` switches it off. An entry at the bound has no derivative of its own.
@@ -269,10 +270,16 @@ class PurifiedOPSDConfig(DistillationConfig):
         self._check_choices()
         self._check_templates()
         self._check_numbers()
+        self.loss_settings  # noqa: B018  # validates its fields
+
+    @property
+    def loss_settings(self) -> LossSettings:
+        """The fields that the loss reads, validated, as it reads them."""
+        return LossSettings(**{field.name: getattr(self, field.name) for field in fields(LossSettings)})
 
     def _check_choices(self) -> None:
         # argparse checks `choices` on the command line only; Python and YAML values arrive here unchecked
-        for name in ("overlong_reference", "teacher_model_kind", "target", "loss_type", "epistemic_guard"):
+        for name in ("overlong_reference", "teacher_model_kind", "epistemic_guard"):
             choices, value = self.__dataclass_fields__[name].metadata["choices"], getattr(self, name)
             if value not in choices:
                 raise InputError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
@@ -290,14 +297,16 @@ class PurifiedOPSDConfig(DistillationConfig):
                 raise InputError(f"`{name}` must hold the placeholders {wanted} and no other, but it holds {got}.")
 
     def _check_numbers(self) -> None:
-        if not self.pmi_beta > 0.0:
-            raise InputError(f"`pmi_beta` must be positive (larger is closer to the base), got {self.pmi_beta}.")
         if self.max_completion_length is None:
             raise InputError(
                 "`max_completion_length` must be set: the references are checked against the room it leaves."
             )
-        optional = ("pmi_clip", "kl_clip", "max_reference_length", "scoring_batch_size", "scoring_token_budget")
-        for name in (*optional, "loss_chunk_size", "loss_memory_budget", "max_completion_length", "temperature"):
+        for name in (
+            "max_reference_length",
+            "scoring_batch_size",
+            "scoring_token_budget",
+            "max_completion_length",
+        ):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise InputError(f"`{name}` must be positive, got {value}.")

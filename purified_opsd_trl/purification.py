@@ -71,11 +71,11 @@ def decompose(student: torch.Tensor, teacher: torch.Tensor, reference_only: torc
     )
 
 
-def centre(delta: torch.Tensor) -> torch.Tensor:
+def center(delta: torch.Tensor) -> torch.Tensor:
     """
     Subtracts the mean over the vocabulary (Eq. 14).
 
-    Anything constant over the vocabulary disappears here, the log-normalisers of both distributions among it; that is
+    Anything constant over the vocabulary disappears here, the log-normalizers of both distributions among it; that is
     why the fused loss may work on a difference of raw logits.
 
     Args:
@@ -133,14 +133,14 @@ def purified_target_logits(
         pmi_clip (`float` or `None`, *optional*, defaults to `10.0`):
             Bound c of the soft clip in nats; `None` switches it off.
         pmi_center (`bool`, *optional*, defaults to `True`):
-            Whether to centre the log-ratio over the vocabulary before the clip.
+            Whether to center the log-ratio over the vocabulary before the clip.
 
     Returns:
         `torch.Tensor` of shape `[..., V]`: target logits; apply `softmax` for the target distribution.
     """
     delta = _log_probs(teacher) - _log_probs(reference_only)
     if pmi_center:
-        delta = centre(delta)
+        delta = center(delta)
     return _log_probs(base) + soft_clip(delta, pmi_clip) / pmi_beta
 
 

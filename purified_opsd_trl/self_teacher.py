@@ -10,25 +10,23 @@ Weights of the self-teacher: where they come from, how they are sharded, how the
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from trl.models import prepare_deepspeed
 from trl.trainer.utils import create_model_from_path
 
+from .collator import ScoringBatch
+from .config import PurifiedOPSDConfig
 from .errors import InputError
-
-
-if TYPE_CHECKING:
-    from .trainer import PurifiedOPSDTrainer
 
 
 logger = logging.getLogger(__name__)
@@ -37,15 +35,38 @@ logger = logging.getLogger(__name__)
 INITS_THAT_MOVE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
+class StudentTrainer(Protocol):
+    """What the self-teacher may touch of the trainer that it scores for."""
+
+    args: PurifiedOPSDConfig
+    accelerator: Accelerator
+    model: Any
+    model_wrapped: Any
+    state: TrainerState
+    temperature: float
+    is_deepspeed_enabled: bool
+
+    def add_callback(self, callback: TrainerCallback) -> None:
+        """Adds a callback to the trainer's."""
+
+    def scoring_batches(
+        self, prompt_ids: dict[str, list[list[int]]], completion_ids: list[list[int]]
+    ) -> list[ScoringBatch]:
+        """Arranges sequences into batches, the same number of forwards on every process."""
+
+    def run_inside(self, wrapped: torch.nn.Module, unwrapped: Any, function: Callable[..., Any], *args: Any) -> Any:
+        """Calls a function inside the forward of a wrapped model, where sharded parameters are gathered."""
+
+
 # Loading and sharding ------------------------------------------------------------------------------------------------
 
 
-def load_frozen_copy(trainer: "PurifiedOPSDTrainer", model_path: str | None) -> Any:
+def load_frozen_copy(trainer: StudentTrainer, model_path: str | None) -> Any:
     """
     A second model that scores, sharded like the student and without optimizer state.
 
     Args:
-        trainer ([`PurifiedOPSDTrainer`]):
+        trainer ([`StudentTrainer`]):
             The trainer.
         model_path (`str`, *optional*):
             Where the student was loaded from; `None` if it was passed as an instance. `teacher_model_name_or_path`
@@ -76,7 +97,7 @@ def load_frozen_copy(trainer: "PurifiedOPSDTrainer", model_path: str | None) -> 
     return trainer.accelerator.prepare_model(teacher, evaluation_mode=True)
 
 
-def _load(trainer: "PurifiedOPSDTrainer", model_path: str | None) -> PreTrainedModel:
+def _load(trainer: StudentTrainer, model_path: str | None) -> PreTrainedModel:
     args = trainer.args
     if args.teacher_model_name_or_path is not None:
         model_path = args.teacher_model_name_or_path
@@ -113,12 +134,12 @@ def _shard_with_fsdp2(teacher: PreTrainedModel, accelerator: Accelerator) -> Any
 # Combinations that cannot work ---------------------------------------------------------------------------------------
 
 
-def check_combination(trainer: "PurifiedOPSDTrainer", is_peft: bool) -> None:
+def check_combination(trainer: StudentTrainer, is_peft: bool) -> None:
     """
     Refuses what cannot work, before anything is sharded.
 
     Args:
-        trainer ([`PurifiedOPSDTrainer`]):
+        trainer ([`StudentTrainer`]):
             The trainer.
         is_peft (`bool`):
             Whether the student carries an adapter.
@@ -145,7 +166,7 @@ def check_combination(trainer: "PurifiedOPSDTrainer", is_peft: bool) -> None:
         _check_ema(trainer, is_peft)
 
 
-def _check_ema(trainer: "PurifiedOPSDTrainer", is_peft: bool) -> None:
+def _check_ema(trainer: StudentTrainer, is_peft: bool) -> None:
     head = trainer.model.get_output_embeddings()
     if is_peft and any(parameter.requires_grad for parameter in head.parameters()):
         raise InputError(
@@ -209,13 +230,13 @@ class EMATeacher(TrainerCallback):
     that nothing is gathered. It is kept in fp32: in bf16 an update of a few hundredths of a small step rounds to none.
 
     Args:
-        trainer ([`PurifiedOPSDTrainer`]):
+        trainer ([`StudentTrainer`]):
             The trainer.
         teacher (`torch.nn.Module`, *optional*):
             Frozen copy that holds the averaged weights; `None` if they are put in the student's place for scoring.
     """
 
-    def __init__(self, trainer: "PurifiedOPSDTrainer", teacher: Any | None):
+    def __init__(self, trainer: StudentTrainer, teacher: Any | None):
         self.trainer = trainer
         self.teacher = teacher
         self.averages: dict[str, torch.Tensor] = {}  # local shards by parameter name, fp32

@@ -6,7 +6,6 @@ row -> contexts -> (TRL rollout) -> collator -> scoring -> loss -> metrics
 ```
 """
 
-import logging
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,31 +15,36 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import IterableDataset
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from transformers.utils import logging
 from trl import DistillationTrainer
 from trl.trainer.utils import get_config_model_id
 
+from .backbone import context_length, last_hidden_states, why_not_shareable
 from .checkpoints import WholeCheckpoints
-from .collator import PurificationCollator
+from .collator import PurificationCollator, ScoringBatch
 from .config import PurifiedOPSDConfig
 from .contexts import Contexts, Prompt, build_contexts
 from .dataset import AnyDataset, ReferenceLimit, check_columns, prepare_dataset
 from .errors import InputError
 from .extras import require_extra
-from .loss import FrozenStates, LMHead, LossSettings, required_states, token_loss
+from .head import LMHead
+from .loss import FrozenStates, required_states, token_loss
 from .markers import MarkerCounter, TokenClassifier
-from .metrics import TokenMeans, clock, loss_sums, reduce_loss_sums, scoring_metrics
-from .monitors import DecompositionMonitor, EpistemicMonitor
+from .monitoring.decomposition import DecompositionMonitor
+from .monitoring.epistemic import EpistemicMonitor
+from .monitoring.metrics import TokenMeans, clock, loss_sums, reduce_loss_sums, scoring_metrics
+from .monitoring.report import ReportCallback
 from .purification import purified_target_logits
-from .report import ReportCallback
 from .rollout import merge_without_drift, reserve_vllm_length
-from .scoring import TeacherScores, TeacherScoringCallback
+from .scores import TeacherScores
+from .scoring import TeacherScoringCallback
 
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(__name__)
 
 
 class PurifiedOPSDTrainer(WholeCheckpoints, DistillationTrainer):
@@ -53,7 +57,7 @@ class PurifiedOPSDTrainer(WholeCheckpoints, DistillationTrainer):
     information, tilts the base distribution into the target, and the student is trained towards it:
 
     ```text
-    delta  = log pi_T - log pi_ref               centred over the vocabulary, then c * tanh(delta / c)
+    delta  = log pi_T - log pi_ref               centered over the vocabulary, then c * tanh(delta / c)
     target = softmax(log P_0 + delta / pmi_beta)
     loss   = divergence(student, target)         mean over the completion tokens of the global batch
     ```
@@ -173,20 +177,13 @@ class PurifiedOPSDTrainer(WholeCheckpoints, DistillationTrainer):
             max_tokens=args.scoring_token_budget,
             pad_to_multiple_of=self.pad_to_multiple_of,  # type: ignore[arg-type]  # "auto" is resolved by the config
         )
-        self.loss_settings = LossSettings(
-            target=args.target,
-            loss_type=args.loss_type,
-            beta=args.beta,
-            temperature=args.temperature,
-            pmi_beta=args.pmi_beta,
-            pmi_clip=args.pmi_clip,
-            pmi_center=args.pmi_center,
-            kl_clip=args.kl_clip,
-            chunk_size=args.loss_chunk_size,
-            memory_budget=args.loss_memory_budget * 2**20,
-        )
+        self.loss_settings = args.loss_settings
         # A subclass that brings its own target gets full logits, chunk by chunk; the fused algebra is not its own
         self._has_custom_target = type(self).target_logits is not PurifiedOPSDTrainer.target_logits
+        head = LMHead.from_model(self.model)
+        # What of the frozen states the loss reads, decided once
+        self._states = required_states(self.loss_settings, head.linear, self._has_custom_target)
+        self._unshareable = why_not_shareable(self.model)
         self._loss_sums: dict[str, torch.Tensor] = {}
         self._token_means = {"train": TokenMeans(), "eval": TokenMeans()}
         self._add_monitors()
@@ -196,7 +193,7 @@ class PurifiedOPSDTrainer(WholeCheckpoints, DistillationTrainer):
     # Data ------------------------------------------------------------------------------------------------------------
 
     def _prepare_datasets(self) -> None:
-        args, context = self.args, _context_length(self.model)
+        args, context = self.args, context_length(self.model)
         if context is not None and args.max_completion_length >= context:
             raise InputError(
                 f"`max_completion_length` ({args.max_completion_length} tokens) leaves no room for a prompt in the "
@@ -309,10 +306,9 @@ class PurifiedOPSDTrainer(WholeCheckpoints, DistillationTrainer):
         self._observe(inputs, output, mode)
 
         scores = self._score(contexts, output)
-        states = required_states(self.loss_settings, scores.head.linear, self._has_custom_target)
         device = self.accelerator.device.type
         dtype = torch.get_autocast_dtype(device) if self.accelerator.native_amp else None
-        output.update(self.purification_collator.training_tensors(scores, states, dtype))
+        output.update(self.purification_collator.training_tensors(scores.hidden, self._states, dtype))
         if self.decomposition_monitor.due:
             output.update(
                 self.decomposition_monitor.sample(
@@ -335,15 +331,64 @@ class PurifiedOPSDTrainer(WholeCheckpoints, DistillationTrainer):
         return [self.build_contexts(row) for row in rows]
 
     def _score(self, contexts: list[Contexts], output: dict[str, Any]) -> TeacherScores:
-        prompt_ids = _unpad(output["prompt_ids"], output["prompt_mask"])
+        prompt_ids = {"teacher": self._tokenize_teacher_prompts([c.teacher for c in contexts])}
+        if self.loss_settings.target == "purified" or self._has_custom_target:
+            prompt_ids["base"] = _unpad(output["prompt_ids"], output["prompt_mask"])  # the very ids the student saw
+        if "base" in prompt_ids or self.decomposition_monitor.due:
+            prompt_ids["reference_only"] = self._tokenize_teacher_prompts([c.reference_only for c in contexts])
         completion_ids = _unpad(output["completion_ids"], output["completion_mask"])
-        by_context = {"teacher": self._tokenize_teacher_prompts([c.teacher for c in contexts])}
-        purified = self.args.target == "purified" or self._has_custom_target
-        if purified:
-            by_context["base"] = prompt_ids  # the very ids the student saw
-        if purified or self.decomposition_monitor.due:
-            by_context["reference_only"] = self._tokenize_teacher_prompts([c.reference_only for c in contexts])
-        return self.scoring_callback.score(by_context, completion_ids)
+        return self.scoring_callback.score(prompt_ids, completion_ids)
+
+    def scoring_batches(
+        self, prompt_ids: dict[str, list[list[int]]], completion_ids: list[list[int]]
+    ) -> list[ScoringBatch]:
+        """
+        Arranges the sequences of a generation batch for scoring. Every process must call it.
+
+        Args:
+            prompt_ids (`dict[str, list[list[int]]]`):
+                Prompt ids of the B rows, by context.
+            completion_ids (`list[list[int]]`):
+                Completion ids of the B rows.
+
+        Returns:
+            `list[ScoringBatch]`: with the same number of forwards on every process.
+        """
+        return self.purification_collator.scoring_batches(
+            prompt_ids, completion_ids, share_prefixes=self._shares_prefixes(prompt_ids), agree=self._most_forwards
+        )
+
+    def _shares_prefixes(self, prompt_ids: dict[str, list[list[int]]]) -> bool:
+        if self._unshareable is None or not self.args.share_reference_prefix:
+            return self.args.share_reference_prefix
+        if self.purification_collator.shared_prefixes(prompt_ids):
+            logger.warning_once(
+                f"Teacher and reference-only prompts begin alike but are scored separately: {self._unshareable}."
+            )
+        return False
+
+    def _most_forwards(self, own: int) -> int:
+        """Largest number of forwards of any process."""
+        if self.accelerator.num_processes == 1:
+            return own
+        return int(self.accelerator.gather(torch.tensor([own], device=self.accelerator.device)).max())
+
+    def run_inside(self, wrapped: torch.nn.Module, unwrapped: Any, function: Callable[..., Any], *args: Any) -> Any:
+        """
+        Calls a function inside the forward of a wrapped model, where DDP, FSDP or DeepSpeed gather its parameters.
+
+        Args:
+            wrapped (`torch.nn.Module`):
+                What DDP, FSDP or DeepSpeed made of the model, or the model itself.
+            unwrapped (`torch.nn.Module`):
+                The model.
+            function (`Callable`):
+                Function to call with `args`.
+
+        Returns:
+            What the function returns.
+        """
+        return self._forward_redirection(wrapped, unwrapped, function, *args)
 
     # Loss ------------------------------------------------------------------------------------------------------------
 
@@ -403,7 +448,7 @@ class PurifiedOPSDTrainer(WholeCheckpoints, DistillationTrainer):
         loss_mask = _loss_mask(inputs)
         # TRL enters the backbone directly, past the autocast that accelerate puts around `forward`
         with self.accelerator.autocast():
-            student_hidden = self._get_last_hidden_state(
+            student_hidden = last_hidden_states(
                 unwrapped_student, input_ids, attention_mask, inputs["completion_ids"].size(1)
             )
             student_head = LMHead.from_model(unwrapped_student)
@@ -447,10 +492,6 @@ def _named_datasets(
         yield from ((f"eval_dataset[{key!r}]", dataset) for key, dataset in eval_dataset.items())
     elif eval_dataset is not None:
         yield "eval_dataset", eval_dataset
-
-
-def _context_length(model: Any) -> int | None:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _unpad(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:

@@ -1,11 +1,12 @@
 """Grouping, padding and alignment of scoring batches."""
 
+from functools import partial
+
 import pytest
 import torch
 
-from purified_opsd_trl import PurificationCollator, TeacherScores
+from purified_opsd_trl import PurificationCollator
 from purified_opsd_trl.collator import ScoringBatch
-from purified_opsd_trl.scoring import ScoringStats
 
 
 PROMPTS = {"base": [[1, 2], [3]], "teacher": [[4, 5, 6, 7], [8, 9, 10]]}
@@ -51,7 +52,7 @@ def test_the_token_budget_bounds_padded_tokens(budget: int) -> None:
 @pytest.mark.parametrize("wanted", [1, 2, 3, 4, 5, 9])
 def test_the_number_of_forwards_can_be_raised(wanted: int) -> None:
     collator = PurificationCollator(pad_token_id=0, max_sequences=4)
-    batches = collator.scoring_batches(PROMPTS, COMPLETIONS, num_forwards=wanted)
+    batches = collator.scoring_batches(PROMPTS, COMPLETIONS, agree=partial(max, wanted))
     assert len(batches) == max(1, wanted)
     keys = {key for batch in batches for key in zip(batch.contexts, batch.rows, strict=True)}
     assert len(keys) == 4
@@ -155,7 +156,7 @@ def test_processes_agree_on_forwards_whatever_they_share(most: int, without_base
     collator = PurificationCollator(0, max_sequences=most)
     own = sum(batch.forwards for batch in collator.scoring_batches(prompts, WRITTEN, share_prefixes=True))
     for wanted in range(own + 12):
-        batches = collator.scoring_batches(prompts, WRITTEN, num_forwards=wanted, share_prefixes=True)
+        batches = collator.scoring_batches(prompts, WRITTEN, agree=partial(max, wanted), share_prefixes=True)
         assert sum(batch.forwards for batch in batches) == max(own, wanted)
         assert tokens_by_key(batches) == {key: ids for key, ids in WHOLE.items() if key[0] in prompts}
         assert all(len(batch.rows) <= max(most, 2) for batch in batches)
@@ -166,7 +167,7 @@ def test_pairs_alone_can_be_raised_too() -> None:
     collator = PurificationCollator(0, max_sequences=4)
     assert len(collator.scoring_batches(prompts, WRITTEN[:1], share_prefixes=True)) == 1
     for wanted in (3, 4, 7):
-        batches = collator.scoring_batches(prompts, WRITTEN[:1], num_forwards=wanted, share_prefixes=True)
+        batches = collator.scoring_batches(prompts, WRITTEN[:1], agree=partial(max, wanted), share_prefixes=True)
         assert sum(batch.forwards for batch in batches) == wanted
         assert tokens_by_key(batches) == {(name, 0): WHOLE[name, 0] for name in prompts}
 
@@ -174,14 +175,8 @@ def test_pairs_alone_can_be_raised_too() -> None:
 def test_delta_is_the_fp32_difference_stored_in_the_dtype_asked_for() -> None:
     generator = torch.Generator().manual_seed(0)
     teacher, reference_only = (torch.randn(2, 3, 8, generator=generator) for _ in range(2))
-    scores = TeacherScores(
-        {"teacher": teacher, "reference_only": reference_only, "base": teacher},
-        torch.ones(2, 3, dtype=torch.bool),
-        head=None,  # type: ignore[arg-type]
-        temperature=1.0,
-        stats=ScoringStats(0, 0, 0, 0.0),
-    )
-    tensors = PurificationCollator(0, 1).training_tensors(scores, ("base", "delta"), torch.bfloat16)
+    hidden = {"teacher": teacher, "reference_only": reference_only, "base": teacher}
+    tensors = PurificationCollator(0, 1).training_tensors(hidden, ("base", "delta"), torch.bfloat16)
     assert tensors.keys() == {"base_hidden", "delta_hidden"}
     assert torch.equal(tensors["delta_hidden"], (teacher - reference_only).bfloat16())
     assert tensors["base_hidden"].dtype == torch.bfloat16

@@ -13,11 +13,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from purified_opsd_trl import InputError, cli
-from purified_opsd_trl.decomposition import STATISTICS
 from purified_opsd_trl.diagnose.measure import DISTRIBUTIONS, Models, summarise
 from purified_opsd_trl.diagnose.render import html_page
 from purified_opsd_trl.evaluate.backends import TransformersBackend
-from purified_opsd_trl.loss import LMHead
+from purified_opsd_trl.head import LMHead
+from purified_opsd_trl.monitoring.decomposition import STATISTICS
 from tests import reference
 from tests.browser import accessibility_violations, chromium, evaluate_in_page, html_errors, requests_made
 from tests.conftest import FIXTURES

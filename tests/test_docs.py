@@ -20,7 +20,8 @@ from trl.experimental.sdft import SDFTConfig
 from trl.trainer.base_config import _BaseConfig
 
 from purified_opsd_trl import PurifiedOPSDConfig, diagnose, evaluate
-from purified_opsd_trl.train import PurifiedOPSDScriptArguments, check_unknown_keys, make_parser
+from purified_opsd_trl.loading import PurifiedOPSDScriptArguments
+from purified_opsd_trl.train import check_unknown_keys, make_parser
 
 from .conftest import read_rows
 

@@ -18,10 +18,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from purified_opsd_trl.kernels import fused, projection, rows
-from purified_opsd_trl.kernels.projection import Projector
-from purified_opsd_trl.kernels.rows import LOG2E, RowSettings, RowStats
-from purified_opsd_trl.loss import FrozenStates, LMHead, LossSettings, token_loss
+from purified_opsd_trl import head as lm_head
+from purified_opsd_trl.head import LOG2E, LMHead
+from purified_opsd_trl.kernels import fused, rows
+from purified_opsd_trl.kernels.rows import RowStats
+from purified_opsd_trl.kernels.settings import LossSettings
+from purified_opsd_trl.loss import FrozenStates, token_loss
 from tests import reference
 
 
@@ -42,7 +44,7 @@ def logits_of(tokens: int, vocab: int, std: float, seed: int = 0) -> tuple[Tenso
 def transform(
     function: Callable[..., None],
     logits: tuple[Tensor, Tensor, Tensor, Tensor],
-    settings: RowSettings,
+    settings: LossSettings,
     *,
     plain: bool = False,
     dtype: torch.dtype = torch.float32,
@@ -61,7 +63,7 @@ def transform(
     return stats, grad.double() * settings.grad_scale
 
 
-def oracle(logits: tuple[Tensor, Tensor, Tensor, Tensor], settings: RowSettings, plain: bool) -> reference.Result:
+def oracle(logits: tuple[Tensor, Tensor, Tensor, Tensor], settings: LossSettings, plain: bool) -> reference.Result:
     student, base, teacher, probe = logits
     return reference.evaluate(
         student,
@@ -100,7 +102,7 @@ def compare(stats: RowStats, grad: Tensor, expected: reference.Result, *, plain:
 def test_rows(vocab: int, beta: float, kl_clip: float | None) -> None:
     logits = logits_of(3, vocab, 3.0)
     for pmi_clip, plain in ((None, False), (0.5, False), (10.0, False), (10.0, True)):
-        settings = RowSettings(beta, 1.3, pmi_clip, kl_clip)
+        settings = LossSettings(beta=beta, pmi_beta=1.3, pmi_clip=pmi_clip, kl_clip=kl_clip)
         expected = oracle(logits, settings, plain)
         compare(*transform(rows.divergence_rows, logits, settings, plain=plain), expected, plain=plain, tolerance=5e-6)
     exact = transform(rows.divergence_rows, logits, settings, plain=True, dtype=torch.float64)
@@ -108,7 +110,7 @@ def test_rows(vocab: int, beta: float, kl_clip: float | None) -> None:
 
 
 def test_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    logits, settings = logits_of(7, 100, 3.0), RowSettings(0.5, 1.0, 10.0)
+    logits, settings = logits_of(7, 100, 3.0), LossSettings(beta=0.5)
     whole, whole_grad = transform(rows.divergence_rows, logits, settings)
     for block in (1, 300, 699):  # 1, 3 and 6 rows at a time
         monkeypatch.setattr(rows, "_CPU_BLOCK", block)
@@ -121,7 +123,7 @@ def test_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("offset", [-1e4, -70.0, 0.0, 70.0, 1e4])
 def test_a_constant_added_to_the_logits_changes_nothing(beta: float, offset: float) -> None:
     logits = logits_of(2, 100, 3.0)
-    settings = RowSettings(beta, 1.0, 10.0)
+    settings = LossSettings(beta=beta)
     expected = oracle(logits, settings, False)
     moved = (logits[0] + offset, logits[1] - offset, logits[2] + offset, logits[3])
     tolerance = 2e-6 * max(1.0, abs(offset))  # what fp32 logits of that size can hold
@@ -129,7 +131,7 @@ def test_a_constant_added_to_the_logits_changes_nothing(beta: float, offset: flo
 
 
 def test_gradient_in_half_precision() -> None:
-    logits, settings = logits_of(3, 1000, 3.0), RowSettings(0.5, 1.0, 10.0)
+    logits, settings = logits_of(3, 1000, 3.0), LossSettings(beta=0.5)
     _, exact = transform(rows.divergence_rows, logits, settings)
     for dtype, bound in ((torch.bfloat16, 3e-3), (torch.float16, 4e-4)):
         _, rounded = transform(rows.divergence_rows, logits, settings, grad_dtype=dtype)
@@ -138,10 +140,10 @@ def test_gradient_in_half_precision() -> None:
 
 def test_gradient_is_optional() -> None:
     student, base, teacher, probe = (x.float() for x in logits_of(3, 100, 3.0))
-    with_grad, _ = transform(rows.divergence_rows, logits_of(3, 100, 3.0), RowSettings(0.5, 1.0, 10.0))
+    with_grad, _ = transform(rows.divergence_rows, logits_of(3, 100, 3.0), LossSettings(beta=0.5))
     stats = stats_of(3)
     student, base, delta = student * LOG2E, base * LOG2E, (teacher - probe) * LOG2E
-    rows.divergence_rows(student, base, delta, delta.mean(-1), RowSettings(0.5, 1.0, 10.0), stats, None)
+    rows.divergence_rows(student, base, delta, delta.mean(-1), LossSettings(beta=0.5), stats, None)
     torch.testing.assert_close(stats.per_token, with_grad.per_token)
 
 
@@ -150,31 +152,31 @@ def test_gradient_is_optional() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_products(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(projection, "_CONVERTED", 3 * 8)  # three rows of the head at a time
+    monkeypatch.setattr(lm_head, "_CONVERTED", 3 * 8)  # three rows of the head at a time
     generator = torch.Generator().manual_seed(0)
     hidden, grad = torch.randn(5, 8, generator=generator), torch.randn(5, 17, generator=generator)
     weight = torch.randn(17, 8, generator=generator).to(dtype)
     exact = weight.double()
     logits = torch.full((5, 17), math.nan)
-    projection.project(hidden, weight, 0.7, logits)
+    lm_head.project(hidden, weight, 0.7, logits)
     torch.testing.assert_close(logits.double(), 0.7 * hidden.double() @ exact.T, rtol=1e-5, atol=1e-6)
     back = torch.full((5, 8), math.nan)
-    projection.back_to_hidden(grad, weight, 0.7, back)
+    lm_head.back_to_hidden(grad, weight, 0.7, back)
     torch.testing.assert_close(back.double(), 0.7 * grad.double() @ exact, rtol=1e-5, atol=1e-6)
     total = torch.ones(17, 8)
-    projection.add_to_weight(grad, hidden, 0.7, total)
+    lm_head.add_to_weight(grad, hidden, 0.7, total)
     torch.testing.assert_close(total.double(), 1 + 0.7 * grad.double().T @ hidden.double(), rtol=1e-5, atol=1e-6)
 
 
 def test_operand_dtype() -> None:
     half = torch.zeros(1, dtype=torch.bfloat16)
-    assert projection.operand_dtype(half) == torch.float32  # a CPU gains nothing from rounding
-    assert projection.operand_dtype(half.double()) == torch.float64
+    assert lm_head.operand_dtype(half) == torch.float32  # a CPU gains nothing from rounding
+    assert lm_head.operand_dtype(half.double()) == torch.float64
 
 
 def test_half_precision_operands_convert_the_head_once() -> None:
     weight = torch.randn(17, 8)
-    head = Projector(weight, None, 1.0, None, 1.0)
+    head = LMHead(weight)
     assert head.cast(torch.float32).weight is weight
     assert head.cast(torch.bfloat16).weight.dtype == torch.bfloat16
 
@@ -197,7 +199,7 @@ def test_half_precision_path_of_an_accelerator(head_dtype: torch.dtype, monkeypa
     leaf, head_weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     states, weights = FrozenStates(base=base, delta=delta), torch.rand(7, generator=generator)
     result = token_loss(
-        leaf, LMHead(head_weight), states, LMHead(weight), weights, LossSettings(chunk_size=3, temperature=0.9)
+        leaf, LMHead(head_weight), states, LMHead(weight), weights, LossSettings(loss_chunk_size=3, temperature=0.9)
     )
     result.loss.backward()
     head = reference.Head(weight)
@@ -230,7 +232,7 @@ def check_triton(device: str, cases: list[tuple[int, int, float]]) -> int:
         targets = [(10.0, False), (10.0, True)]
         cases_of = [(*one, *two) for one, two in itertools.product(divergences, targets)]
         for beta, kl_clip, pmi_clip, plain in [*cases_of, (0.3, None, None, False), (0.3, None, 0.5, False)]:
-            settings = RowSettings(beta, 1.3, pmi_clip, kl_clip)
+            settings = LossSettings(beta=beta, pmi_beta=1.3, pmi_clip=pmi_clip, kl_clip=kl_clip)
             stats, grad = transform(triton_rows.divergence_rows, logits, settings, plain=plain, device=device)
             twin, twin_grad = transform(rows.divergence_rows, logits, settings, plain=plain)
             count += 1
@@ -279,7 +281,7 @@ def test_token_loss_on_cuda(dtype: torch.dtype, softcap: float | None, target: s
     hidden, base, teacher, probe = (torch.randn(33, 256, generator=generator).to("cuda", dtype) for _ in range(4))
     weight = (torch.randn(32003, 256, generator=generator) / 8).to("cuda", dtype)
     weights = torch.rand(33, generator=generator).cuda() / 33
-    settings = LossSettings(target=target, chunk_size=10)
+    settings = LossSettings(target=target, loss_chunk_size=10)
     states = FrozenStates(base=base, delta=teacher - probe, teacher=teacher, reference_only=probe)
     leaf, head_weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     result = token_loss(
@@ -310,7 +312,7 @@ def test_the_products_dtype_is_chosen_under_autocast(device: str, monkeypatch: p
     chosen: list[tuple[bool, torch.dtype]] = []
 
     def spy(hidden: torch.Tensor) -> torch.dtype:
-        chosen.append((torch.is_autocast_enabled(device), projection.operand_dtype(hidden)))
+        chosen.append((torch.is_autocast_enabled(device), lm_head.operand_dtype(hidden)))
         return chosen[-1][1]
 
     monkeypatch.setattr(fused, "operand_dtype", spy)

@@ -17,10 +17,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from purified_opsd_trl import loss as loss_module
+from purified_opsd_trl import head as head_module
 from purified_opsd_trl.errors import InputError
+from purified_opsd_trl.head import LMHead
 from purified_opsd_trl.kernels import fused
-from purified_opsd_trl.loss import FrozenStates, LMHead, LossSettings, TokenLoss, required_states, token_loss
+from purified_opsd_trl.kernels.settings import LossSettings
+from purified_opsd_trl.loss import FrozenStates, TokenLoss, required_states, token_loss
 from purified_opsd_trl.purification import purified_target_logits
 from tests import reference
 from tests.conftest import ARCHITECTURES, build_model
@@ -155,7 +157,7 @@ def test_fp64_grid(beta: float, target: str, kl_clip: float | None) -> None:
                 pmi_clip=pmi_clip,
                 pmi_center=pmi_center,
                 kl_clip=kl_clip,
-                chunk_size=2,
+                loss_chunk_size=2,
             )
             assert_matches(case, settings, 1e-10)
 
@@ -175,7 +177,7 @@ def test_fp64_grid(beta: float, target: str, kl_clip: float | None) -> None:
 )
 def test_heads(beta: float, head: dict[str, Any]) -> None:
     for target, temperature in (("purified", 1.0), ("purified", 0.7), ("teacher", 1.3)):
-        settings = LossSettings(target=target, beta=beta, temperature=temperature, chunk_size=2)
+        settings = LossSettings(target=target, beta=beta, temperature=temperature, loss_chunk_size=2)
         assert_matches(make_case(**head), settings, 1e-10)
 
 
@@ -184,19 +186,19 @@ def test_heads(beta: float, head: dict[str, Any]) -> None:
 def test_fp32_over_vocabulary_sizes(vocab: int, beta: float) -> None:
     case = make_case(vocab, dtype=torch.float32)
     for target in ("purified", "teacher"):
-        assert_matches(case, LossSettings(target=target, beta=beta, chunk_size=2), 5e-6)
+        assert_matches(case, LossSettings(target=target, beta=beta, loss_chunk_size=2), 5e-6)
 
 
-@pytest.mark.parametrize("chunk_size", [1, 2, 3, 5, 9, None])
-def test_chunks_change_nothing(chunk_size: int | None) -> None:
-    assert_matches(make_case(1000), LossSettings(chunk_size=chunk_size), 1e-10)
+@pytest.mark.parametrize("loss_chunk_size", [1, 2, 3, 5, 9, None])
+def test_chunks_change_nothing(loss_chunk_size: int | None) -> None:
+    assert_matches(make_case(1000), LossSettings(loss_chunk_size=loss_chunk_size), 1e-10)
 
 
 @pytest.mark.parametrize("target", ["purified", "teacher"])
 @pytest.mark.parametrize("head", [{}, {"softcap": 3.0, "bias": True}, {"frozen_width": 11}], ids=str)
 def test_sampled_token(target: str, head: dict[str, Any]) -> None:
     case = make_case(1000, **head)
-    settings = LossSettings(target=target, loss_type="sampled_token", chunk_size=2, temperature=1.2)
+    settings = LossSettings(target=target, loss_type="sampled_token", loss_chunk_size=2, temperature=1.2)
     assert_matches(case, settings, 1e-10)
     if target == "purified":
         result, _ = fused_loss(case, settings)
@@ -255,7 +257,7 @@ def test_half_precision_gradient_error(dtype: torch.dtype) -> None:
 def test_extreme_logits(beta: float, target: str, kl_clip: float | None) -> None:
     case = make_case(1000, dtype=torch.float32, std=1e4)
     case.weights[:] = 1.0
-    settings = LossSettings(target=target, beta=beta, kl_clip=kl_clip, chunk_size=2)
+    settings = LossSettings(target=target, beta=beta, kl_clip=kl_clip, loss_chunk_size=2)
     result, gradients = fused_loss(case, settings)
     expected = oracle_loss(case, settings)
     for name in ("per_token", *METRICS):
@@ -322,7 +324,7 @@ def test_one_token() -> None:
 def test_zero_weights() -> None:
     case = make_case(1000)
     some = replace(case, weights=torch.tensor([0.0, 0.2, 0.0, 0.3, 0.0]))
-    assert_matches(some, LossSettings(chunk_size=2), 1e-10)
+    assert_matches(some, LossSettings(loss_chunk_size=2), 1e-10)
     _, (gradient, _, _) = fused_loss(some, LossSettings())
     assert gradient is not None and not gradient[::2].any() and gradient[1::2].all()
     result, gradients = fused_loss(replace(case, weights=torch.zeros(5)), LossSettings())
@@ -417,7 +419,7 @@ def test_non_contiguous_inputs() -> None:
         labels=torch.stack([case.labels, case.labels], 1)[:, 0],
     )
     assert not other.hidden.is_contiguous() and not other.head.weight.is_contiguous()
-    assert_matches(other, LossSettings(chunk_size=2), 5e-6)
+    assert_matches(other, LossSettings(loss_chunk_size=2), 5e-6)
     assert_matches(other, LossSettings(loss_type="sampled_token"), 5e-6)
 
 
@@ -452,9 +454,9 @@ def count_products(case: Case, settings: LossSettings, *, head_grad: bool, state
 @pytest.mark.parametrize(
     ("settings", "states", "products"),
     [
-        (LossSettings(chunk_size=2), ("base", "delta"), 3),
-        (LossSettings(target="teacher", chunk_size=2), ("teacher",), 2),
-        (LossSettings(pmi_center=False, chunk_size=2), ("base", "teacher", "reference_only"), 4),
+        (LossSettings(loss_chunk_size=2), ("base", "delta"), 3),
+        (LossSettings(target="teacher", loss_chunk_size=2), ("teacher",), 2),
+        (LossSettings(pmi_center=False, loss_chunk_size=2), ("base", "teacher", "reference_only"), 4),
     ],
     ids=["purified", "teacher", "uncentred"],
 )
@@ -495,10 +497,10 @@ def test_memory_budget_chooses_the_chunk(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch, "empty", lambda *a, **k: (allocated.append((x := empty(*a, **k)).nbytes), x)[1])
     case = make_case(1000, tokens=200, dtype=torch.float32)
     head, states = case.frozen(), case.states(("base", "delta"))
-    token_loss(case.hidden, head, states, head, case.weights, LossSettings(memory_budget=600_000))
+    token_loss(case.hidden, head, states, head, case.weights, LossSettings(loss_memory_budget=600_000 / 2**20))
     assert 550_000 < max(allocated) <= 600_000  # 3 rows of 4000 bytes a token: 50 tokens
     allocated.clear()
-    token_loss(case.hidden, head, states, head, case.weights, LossSettings(memory_budget=1))
+    token_loss(case.hidden, head, states, head, case.weights, LossSettings(loss_memory_budget=1 / 2**20))
     assert max(allocated) == 3 * 4000  # a token is the least
 
 
@@ -507,7 +509,7 @@ def test_memory_budget_chooses_the_chunk(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_custom_target_equal_to_the_purified_one() -> None:
     case = make_case(1000, bias=True)
-    settings = LossSettings(temperature=0.7, chunk_size=2)
+    settings = LossSettings(temperature=0.7, loss_chunk_size=2)
 
     def target(teacher: Tensor, reference_only: Tensor, base: Tensor) -> Tensor:
         return purified_target_logits(teacher, reference_only, base, pmi_beta=1.0, pmi_clip=10.0, pmi_center=True)
@@ -529,7 +531,7 @@ def test_custom_target_sees_finished_logits_chunk_by_chunk() -> None:
         assert all(x.dtype == torch.float32 and not x.requires_grad for x in logits)
         return logits[0]
 
-    result, _ = fused_loss(case, LossSettings(temperature=0.7, chunk_size=2), target_logits=target)
+    result, _ = fused_loss(case, LossSettings(temperature=0.7, loss_chunk_size=2), target_logits=target)
     assert [len(x[0]) for x in seen] == [2, 2, 1]
     for index, hidden in enumerate((case.teacher, case.reference_only, case.base)):
         logits = torch.cat([chunk[index] for chunk in seen]).double()
@@ -572,12 +574,12 @@ def test_custom_target_of_another_shape() -> None:
         ("pmi_beta", -1.0, "positive"),
         ("pmi_clip", 0.0, "positive number or None"),
         ("kl_clip", -0.1, "positive number or None"),
-        ("chunk_size", 0, "positive number or None"),
-        ("memory_budget", 0, "positive"),
+        ("loss_chunk_size", 0, "positive number or None"),
+        ("loss_memory_budget", 0, "positive"),
     ],
 )
 def test_settings_out_of_range(field: str, value: Any, expected: str) -> None:
-    with pytest.raises(InputError, match=f"{field}=.*{expected}"):
+    with pytest.raises(InputError, match=f"`{field}` must be .*{expected}"):
         LossSettings(**{field: value})
 
 
@@ -692,10 +694,10 @@ def test_head_with_an_adapter_of_its_own() -> None:
         LMHead.from_model(peft_model)
 
 
-def test_quantised_head() -> None:
+def test_quantized_head() -> None:
     model = build_model()
     model.lm_head.weight = torch.nn.Parameter(torch.zeros(4, 32, dtype=torch.uint8), requires_grad=False)
-    with pytest.raises(InputError, match="uint8.*quantisation"):
+    with pytest.raises(InputError, match="uint8.*quantization"):
         LMHead.from_model(model)
 
 
@@ -726,7 +728,7 @@ def test_partitioned_heads_are_gathered_once(monkeypatch: pytest.MonkeyPatch) ->
     for param in full:
         param.ds_status = "partitioned"
         param.data = torch.empty(0, dtype=torch.float64)
-    monkeypatch.setattr(loss_module, "maybe_gather_lm_head_ctx", gather)
+    monkeypatch.setattr(head_module, "maybe_gather_lm_head_ctx", gather)
     hidden = case.hidden.clone().requires_grad_()
     heads = LMHead(full[0]), LMHead(full[1])
     result = token_loss(hidden, heads[0], case.states(("base", "delta")), heads[1], case.weights, LossSettings())

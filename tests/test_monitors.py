@@ -17,9 +17,7 @@ from accelerate import Accelerator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
-from purified_opsd_trl.decomposition import STATISTICS, decomposition_stats, project_logits
-from purified_opsd_trl.guard import MarkerSums, RateGuard
-from purified_opsd_trl.loss import LMHead, _projector
+from purified_opsd_trl.head import LMHead
 from purified_opsd_trl.markers import (
     DEFAULT_MARKERS,
     TOKEN_CLASSES,
@@ -28,7 +26,13 @@ from purified_opsd_trl.markers import (
     distinct,
     has_answer,
 )
-from purified_opsd_trl.monitors import DECOMPOSITION_METRICS, THIRDS, EpistemicMonitor
+from purified_opsd_trl.monitoring.decomposition import (
+    DECOMPOSITION_METRICS,
+    STATISTICS,
+    THIRDS,
+    decomposition_stats,
+)
+from purified_opsd_trl.monitoring.epistemic import EpistemicMonitor, MarkerSums, RateGuard
 from tests import reference
 from tests.conftest import free_port
 from tests.test_trainer import Build, build, fixed_rollout, move_student  # noqa: F401  # `build` is a fixture
@@ -91,8 +95,7 @@ def test_projected_logits_equal_the_oracle(options: dict[str, Any]) -> None:
     bias = torch.randn(55) if options.get("bias") else None
     weight, hidden = torch.randn(55, 16), torch.randn(9, 16)
     scale, softcap = options.get("logit_scale", 1.0), options.get("softcap")
-    head = LMHead(weight, bias, scale, softcap)
-    logits = project_logits(hidden, _projector(head, 0.7))
+    logits = LMHead(weight, bias, scale, softcap, temperature=0.7).logits(hidden)
     expected = reference.Head(weight, bias, scale, softcap).logits(hidden, 0.7)
     torch.testing.assert_close(logits.double(), expected, rtol=1e-5, atol=1e-5)
 

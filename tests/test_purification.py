@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 
-from purified_opsd_trl.purification import centre, decompose, divergence, purified_target_logits, soft_clip
+from purified_opsd_trl.purification import center, decompose, divergence, purified_target_logits, soft_clip
 from tests import reference as oracle
 
 
@@ -150,11 +150,11 @@ def test_extreme_logits_are_finite_and_right(beta, dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_centre(dtype) -> None:
+def test_center(dtype) -> None:
     delta = logits(0, (3, 4, 11), dtype) + 5.0
     expected = torch.stack([row - sum(row.tolist()) / 11 for row in delta.view(-1, 11)]).view(3, 4, 11)
-    torch.testing.assert_close(centre(delta), expected)
-    torch.testing.assert_close(centre(centre(delta)), centre(delta))
+    torch.testing.assert_close(center(delta), expected)
+    torch.testing.assert_close(center(center(delta)), center(delta))
 
 
 def test_soft_clip() -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from purified_opsd_trl.page import line_chart, number, page, table
-from purified_opsd_trl.report import ReportCallback, render
+from purified_opsd_trl.monitoring.page import line_chart, number, page, table
+from purified_opsd_trl.monitoring.report import ReportCallback, render
 from tests.browser import accessibility_violations, chromium, evaluate_in_page, html_errors, requests_made
 from tests.test_trainer import Build, build  # noqa: F401  # `build` is a fixture
 

@@ -12,8 +12,8 @@ from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from purified_opsd_trl import PurifiedOPSDConfig, PurifiedOPSDTrainer
+from purified_opsd_trl.backbone import why_not_shareable
 from purified_opsd_trl.config import REFERENCE_FIRST_TEACHER_PROMPT_TEMPLATE
-from purified_opsd_trl.scoring import unshareable
 
 
 PROMPTS = {
@@ -287,7 +287,7 @@ def test_models_that_cannot_continue_a_prefix_are_told_apart(name: str) -> None:
     )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    assert config.model_type in str(unshareable(model))
+    assert config.model_type in str(why_not_shareable(model))
 
 
 def test_a_model_that_cannot_continue_a_prefix_is_scored_apart_and_says_so_once(
@@ -300,7 +300,7 @@ def test_a_model_that_cannot_continue_a_prefix_is_scored_apart_and_says_so_once(
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     model = make_model(rope_parameters=rope)
     trainer = build_trainer(model, tokenizer, conversational_dataset, arguments)
-    with caplog.at_level(logging.WARNING, logger="purified_opsd_trl.scoring"):
+    with caplog.at_level(logging.WARNING, logger="purified_opsd_trl.trainer"):
         trainer.scoring_callback.score(PROMPTS, COMPLETIONS)
         assert not caplog.messages  # nothing to share, nothing to say
         stats = [trainer.scoring_callback.score(SHARING, WRITTEN).stats for _ in range(2)]

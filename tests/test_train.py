@@ -16,17 +16,8 @@ from datasets import Dataset
 from trl import DatasetMixtureConfig
 
 from purified_opsd_trl import InputError, cli
-from purified_opsd_trl.train import (
-    PurifiedOPSDScriptArguments,
-    check_checkpoint,
-    check_unknown_keys,
-    load_splits,
-    main,
-    make_parser,
-    map_columns,
-    pick_split,
-    run,
-)
+from purified_opsd_trl.loading import PurifiedOPSDScriptArguments, load_splits, map_columns, pick_split
+from purified_opsd_trl.train import check_checkpoint, check_unknown_keys, main, make_parser, run
 
 
 ROOT = Path(__file__).parent.parent
@@ -187,9 +178,9 @@ def test_messages_stay_as_they_are(conversational_dataset: Dataset) -> None:
         ({"dataset_prompt_column": "question"}, "no column `question`; its columns are `problem`, `solution`"),
         ({"dataset_reference_column": "answer"}, "no column `answer`; its columns are .*`solution`"),
         ({"dataset_name": "nowhere.jsonl"}, r"no file nowhere\.jsonl"),
-        ({"dataset_name": None}, "No data set is named"),
+        ({"dataset_name": None}, "No dataset is named"),
         ({"model_name_or_path": None}, "No model is named"),
-        ({"target": "pmi"}, "`target` must be one of purified, teacher"),
+        ({"target": "pmi"}, "`target` must be .purified. or .teacher."),
         ({"resume_from_checkpoint": "true"}, "holds no checkpoint"),
         ({"resume_from_checkpoint": "nowhere"}, "no folder nowhere"),
         ({"max_completion_length": 5000}, "leaves no room for a prompt"),

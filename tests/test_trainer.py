@@ -508,9 +508,9 @@ def test_bf16_runs_under_autocast(build: Build) -> None:
     seen = []
 
     class Spy(PurifiedOPSDTrainer):
-        def _get_last_hidden_state(self, *args, **kwargs):
+        def run_inside(self, wrapped, unwrapped, function, *args):
             seen.append(torch.is_autocast_enabled("cpu"))
-            return super()._get_last_hidden_state(*args, **kwargs)
+            return super().run_inside(wrapped, unwrapped, function, *args)
 
     trainer = build(lora=True, trainer_class=Spy, bf16=True)
     trainer.train()
@@ -644,16 +644,16 @@ def test_a_trainable_head_beside_lora_keeps_the_frozen_one(build: Build) -> None
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"target": "pmi"}, "`target` must be one of purified, teacher, got 'pmi'"),
-        ({"pmi_beta": 0.0}, "`pmi_beta` must be positive"),
-        ({"pmi_clip": -1.0}, "`pmi_clip` must be positive"),
+        ({"target": "pmi"}, "`target` must be 'purified' or 'teacher', got 'pmi'"),
+        ({"pmi_beta": 0.0}, "`pmi_beta` must be a positive number"),
+        ({"pmi_clip": -1.0}, "`pmi_clip` must be a positive number or None"),
         (
             {"teacher_prompt_template": "{question}"},
             "`teacher_prompt_template` must hold .*{question} and {reference}",
         ),
         ({"reference_prompt_template": "{question} {reference}"}, "`reference_prompt_template` must hold"),
         ({"teacher_model_kind": "live", "teacher_model_name_or_path": "x"}, "cannot be combined"),
-        ({"loss_chunk_size": 0}, "`loss_chunk_size` must be positive"),
+        ({"loss_chunk_size": 0}, "`loss_chunk_size` must be a positive number or None"),
         ({"decomposition_steps": -1}, "`decomposition_steps` must not be negative"),
         ({"decomposition_max_tokens": 0}, "`decomposition_max_tokens` must be at least 1"),
         ({"epistemic_window": 0}, "`epistemic_window` must be at least 1"),

@@ -16,7 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..loss import FrozenStates, LMHead, LossSettings, token_loss
+from ..head import LMHead
+from ..kernels.settings import LossSettings
+from ..loss import FrozenStates, token_loss
 from ..purification import divergence, purified_target_logits
 from .measure import (
     CLOCKS,
@@ -94,7 +96,7 @@ def make_workload(args: argparse.Namespace, device: torch.device) -> Workload:
         reference_only=probe.to(dtype),
         delta=(teacher - probe).to(dtype),
         weights=torch.full((args.tokens,), 1 / args.tokens, device=device),
-        settings=LossSettings(beta=args.beta, chunk_size=args.chunk_size, memory_budget=args.memory_budget * 2**20),
+        settings=LossSettings(beta=args.beta, loss_chunk_size=args.chunk_size, loss_memory_budget=args.memory_budget),
     )
 
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from ..contexts import Contexts
-from ..decomposition import STATISTICS, decomposition_stats, project_logits
 from ..errors import InputError
 from ..evaluate.backends import Request, Sampling, TransformersBackend
-from ..loss import LMHead, _projector
+from ..head import LMHead
 from ..markers import TOKEN_CLASSES, MarkerCounter, TokenClassifier, distinct, has_answer
+from ..monitoring.decomposition import STATISTICS, decomposition_stats
 
 
 DISTRIBUTIONS = ("student", "teacher", "reference_only", "base")
@@ -166,7 +166,7 @@ class Meter:
         alternatives: list[dict[str, Any]] = []
         for start in range(0, len(completion), _CHUNK):
             chunk = slice(start, start + _CHUNK)
-            logits = {name: project_logits(state[chunk], heads[name]) for name, state in states.items()}
+            logits = {name: heads[name].logits(state[chunk]) for name, state in states.items()}
             stats, parts = decomposition_stats(logits["student"], logits["teacher"], logits["reference_only"])
             at = labels[chunk].unsqueeze(-1)
             for name, values in (*zip(STATISTICS, stats, strict=True), *_at_label(parts._asdict(), at, "delta_")):
@@ -202,9 +202,9 @@ class Meter:
         states, heads = {}, {}
         with self.models.trained() as model:
             states["student"] = _hidden(model, ids["student"], completion)
-            heads["student"] = _projector(LMHead.from_model(model), temperature)
+            heads["student"] = LMHead.from_model(model, temperature)
         with self.models.frozen() as model:
-            head = _projector(LMHead.from_model(model), temperature)
+            head = LMHead.from_model(model, temperature)
             for name in DISTRIBUTIONS[1:]:
                 states[name] = _hidden(model, ids[name], completion)
                 heads[name] = head

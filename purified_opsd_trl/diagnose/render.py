@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..decomposition import STATISTICS
 from ..extras import require_extra
 from ..markers import TOKEN_CLASSES
-from ..page import Series, line_chart, page, table, template
+from ..monitoring.decomposition import STATISTICS
+from ..monitoring.page import Series, line_chart, page, table, template
 from .measure import DISTRIBUTIONS
 
 

@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trl import DatasetMixtureConfig
+
 from ..config import DEFAULT_REFERENCE_PROMPT_TEMPLATE, DEFAULT_TEACHER_PROMPT_TEMPLATE
 from ..contexts import Contexts, build_contexts
 from ..errors import InputError
@@ -21,6 +23,7 @@ from ..evaluate.arguments import EvaluateArguments
 from ..evaluate.backends import TransformersBackend
 from ..evaluate.run import find_targets
 from ..extras import require_extra
+from ..loading import PurifiedOPSDScriptArguments, load_splits, map_columns, pick_split
 from ..markers import DEFAULT_MARKERS
 from .measure import Meter, Models, Settings, completions, summarise
 from .render import figures, html_page, print_verdict
@@ -73,8 +76,6 @@ def load_contexts(args: argparse.Namespace) -> list[Contexts]:
     Raises:
         `InputError`: if the data cannot be used; the message names the row.
     """
-    from ..train import PurifiedOPSDScriptArguments, load_splits, map_columns, pick_split
-
     script_args = PurifiedOPSDScriptArguments(
         dataset_name=args.dataset,
         dataset_config=args.dataset_config,
@@ -83,8 +84,6 @@ def load_contexts(args: argparse.Namespace) -> list[Contexts]:
         system_prompt=args.system_prompt,
         text_prompts=args.text_prompts,
     )
-    from trl import DatasetMixtureConfig
-
     dataset = pick_split(load_splits(script_args, DatasetMixtureConfig()), args.dataset_split, "--dataset_split")
     dataset = map_columns(dataset, script_args)
     chosen = sorted(random.Random(args.seed).sample(range(len(dataset)), min(args.num_samples, len(dataset))))

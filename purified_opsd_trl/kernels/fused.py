@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .projection import Projector, add_to_weight, back_to_hidden, operand_dtype, project
-from .rows import LN2, LOG2E, RowSettings, RowStats, divergence_rows, sampled_token, score
+from ..head import LN2, LOG2E, LMHead, add_to_weight, back_to_hidden, operand_dtype, project
+from .rows import RowStats, divergence_rows, sampled_token, score
+from .settings import LossSettings
 
 
 TargetLogits = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -29,47 +30,8 @@ TargetLogits = Callable[[Tensor, Tensor, Tensor], Tensor]
 _LOWEST = -1e30
 
 
-@dataclass(frozen=True)
-class Problem:
-    """
-    One call of the fused loss, without what needs a gradient.
-
-    Args:
-        states (`dict[str, torch.Tensor]`):
-            Frozen hidden states `[N, H]` by name, in the order of projection: `base` and `delta`; or `teacher`, with
-            `base` where its metric is wanted; or `base`, `teacher` and `reference_only`.
-        student, frozen ([`~kernels.projection.Projector`]):
-            The two heads.
-        weights (`torch.Tensor` of shape `[N]`):
-            Weight of each token in the loss.
-        rows ([`~kernels.rows.RowSettings`]):
-            Settings of the row transforms.
-        chunk_size (`int`, *optional*):
-            Tokens of one chunk.
-        memory_budget (`int`):
-            Bytes of scratch memory that choose the chunk where `chunk_size` does not.
-        center (`bool`):
-            Whether `Delta_it` is centred.
-        labels (`torch.Tensor` of shape `[N]`, *optional*):
-            Sampled tokens; given, the loss is the sampled-token loss.
-        target_logits (`Callable`, *optional*):
-            Custom target.
-    """
-
-    states: dict[str, Tensor]
-    student: Projector
-    frozen: Projector
-    weights: Tensor
-    rows: RowSettings
-    chunk_size: int | None
-    memory_budget: int
-    center: bool = True
-    labels: Tensor | None = None
-    target_logits: TargetLogits | None = None
-
-
 @dataclass
-class Solution:
+class FusedLoss:
     """Loss, per-token results and, where asked for, the gradients (of the loss divided by `grad_unit`)."""
 
     loss: Tensor
@@ -97,79 +59,116 @@ def buffers_per_token(states: int, dense: bool, capped: bool, cast: bool) -> flo
 
 
 @torch.no_grad()
-def solve(hidden: Tensor, problem: Problem, needs: tuple[bool, bool, bool]) -> Solution:
+def fused_loss(
+    hidden: Tensor,
+    student: LMHead,
+    states: dict[str, Tensor],
+    frozen: LMHead,
+    weights: Tensor,
+    settings: LossSettings,
+    needs: tuple[bool, bool, bool],
+    labels: Tensor | None = None,
+    target_logits: TargetLogits | None = None,
+) -> FusedLoss:
     """
     Loss and gradients of one batch of tokens.
 
     Args:
         hidden (`torch.Tensor` of shape `[N, H]`):
             The student's last hidden states.
-        problem ([`Problem`]):
-            Everything else.
+        student, frozen ([`LMHead`]):
+            The two heads, gathered, with their temperature.
+        states (`dict[str, torch.Tensor]`):
+            Frozen hidden states `[N, H]` by name, in the order of projection: `base` and `delta`; or `teacher`, with
+            `base` where its metric is wanted; or `base`, `teacher` and `reference_only`.
+        weights (`torch.Tensor` of shape `[N]`):
+            Weight of each token in the loss.
+        settings ([`LossSettings`]):
+            Settings.
         needs (`tuple[bool, bool, bool]`):
             Whether the gradients of the hidden states, of the head's weight and of its bias are needed.
+        labels (`torch.Tensor` of shape `[N]`, *optional*):
+            Sampled tokens; given, the loss is the sampled-token loss.
+        target_logits (`Callable`, *optional*):
+            Custom target.
 
     Returns:
-        [`Solution`]
+        [`FusedLoss`]
     """
     operand = operand_dtype(hidden)  # asks for autocast's dtype, so before autocast is left
     with torch.autocast(hidden.device.type, enabled=False):
-        return _Pass(hidden, problem, needs, operand).run()
+        return _Pass(hidden, student, states, frozen, weights, settings, needs, labels, target_logits, operand).run()
 
 
 class _Pass:
-    """Buffers and accumulators of one `solve`."""
+    """Buffers and accumulators of one call of `fused_loss`, whose arguments it takes."""
 
-    def __init__(self, hidden: Tensor, problem: Problem, needs: tuple[bool, bool, bool], operand: torch.dtype):
-        self.operand = operand
-        self.head_dtype = problem.student.weight.dtype
-        student = problem.student.cast(self.operand)
-        shared = _same_weight(problem.student, problem.frozen)
-        frozen = replace(problem.frozen, weight=student.weight) if shared else problem.frozen.cast(self.operand)
-        problem = replace(problem, student=student, frozen=frozen)
-        self.hidden, self.problem = hidden, problem
+    def __init__(
+        self,
+        hidden: Tensor,
+        student: LMHead,
+        states: dict[str, Tensor],
+        frozen: LMHead,
+        weights: Tensor,
+        settings: LossSettings,
+        needs: tuple[bool, bool, bool],
+        labels: Tensor | None,
+        target_logits: TargetLogits | None,
+        operand: torch.dtype,
+    ):
+        self.hidden, self.states, self.loss_weights, self.settings = hidden, states, weights, settings
+        self.labels, self.target_logits, self.operand = labels, target_logits, operand
+        self.head_dtype = student.weight.dtype
+        self.student = student.cast(operand)
+        shared = student.same_weight(frozen)
+        self.frozen = replace(frozen, weight=self.student.weight) if shared else frozen.cast(operand)
         self.needs_grad = any(needs)
         self.transform = row_transform(hidden.device)
-        self.dtype = torch.float64 if self.operand == torch.float64 else torch.float32
-        self.vocab = problem.student.weight.shape[0]
-        count = hidden.shape[0]
+        self.dtype = torch.float64 if operand == torch.float64 else torch.float32
+        self.vocab = student.weight.shape[0]
+        self._allocate_chunk()
+        self._allocate_results()
+        shapes = hidden.shape, student.weight.shape, student.weight.shape[:1]
+        self.grads = [self._empty(*s).zero_() if need else None for s, need in zip(shapes, needs, strict=True)]
+        top = weights.abs().max() if len(hidden) else weights.new_ones(())
+        self.unit = top.clamp(min=torch.finfo(torch.float32).tiny)
+        self.weights = weights.to(self.dtype) / self.unit
+        self.mean_row = self.frozen.weight.mean(0, dtype=self.dtype) if "delta" in states else None
 
-        def empty(*shape: int, dtype: torch.dtype = self.dtype) -> Tensor:
-            return torch.empty(shape, device=hidden.device, dtype=dtype)
+    def _empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, device=self.hidden.device, dtype=dtype or self.dtype)
 
-        capped = self.needs_grad and problem.student.softcap is not None
+    def _allocate_chunk(self) -> None:
+        """Chooses the chunk and allocates the rows `[chunk, V]` that every chunk reuses."""
+        capped = self.needs_grad and self.student.softcap is not None
         cast = self.needs_grad and self.operand != self.dtype
-        self.chunk = problem.chunk_size or 0
+        self.chunk = self.settings.loss_chunk_size or 0
         if not self.chunk:
-            dense = problem.target_logits is not None or problem.labels is not None
-            rows = buffers_per_token(len(problem.states), dense, capped, cast)
-            self.chunk = max(1, int(problem.memory_budget / (4 * rows * self.vocab)))
-        n = min(self.chunk, max(count, 1))
-        self.buffer = empty((1 + len(problem.states)) * n, self.vocab)
-        self.cap_buffer = empty(n, self.vocab) if capped else None
-        self.grad_buffer = empty(n, self.vocab, dtype=self.operand) if cast else None
+            dense = self.target_logits is not None or self.labels is not None
+            rows = buffers_per_token(len(self.states), dense, capped, cast)
+            self.chunk = max(1, int(self.settings.loss_memory_budget * 2**20 / (4 * rows * self.vocab)))
+        n = min(self.chunk, max(len(self.hidden), 1))
+        self.buffer = self._empty((1 + len(self.states)) * n, self.vocab)
+        self.cap_buffer = self._empty(n, self.vocab) if capped else None
+        self.grad_buffer = self._empty(n, self.vocab, dtype=self.operand) if cast else None
 
-        purified = "delta" in problem.states or ("reference_only" in problem.states and problem.target_logits is None)
+    def _allocate_results(self) -> None:
+        count, states = len(self.hidden), self.states
+        purified = "delta" in states or ("reference_only" in states and self.target_logits is None)
         self.stats = RowStats(
-            per_token=empty(count),
-            student_entropy=empty(count),
-            target_entropy=empty(count),
-            kl_target_student=empty(count),
-            kl_target_base=empty(count) if "base" in problem.states else None,
-            clip_saturation=empty(count) if purified and problem.rows.pmi_clip is not None else None,
+            per_token=self._empty(count),
+            student_entropy=self._empty(count),
+            target_entropy=self._empty(count),
+            kl_target_student=self._empty(count),
+            kl_target_base=self._empty(count) if "base" in states else None,
+            clip_saturation=self._empty(count) if purified and self.settings.pmi_clip is not None else None,
         )
         # Every name from the start: processes add these up, also one that has no token
-        noted = ("student", "target", *(n for n in ("teacher", "reference_only") if n in problem.states))
-        self.at_label = {name: [empty(0)] for name in noted if problem.labels is not None}
-        top = problem.weights.abs().max() if count else problem.weights.new_ones(())
-        self.unit = top.clamp(min=torch.finfo(torch.float32).tiny)
-        self.weights = problem.weights.to(self.dtype) / self.unit
-        shapes = hidden.shape, problem.student.weight.shape, problem.student.weight.shape[:1]
-        self.grads = [empty(*s).zero_() if need else None for s, need in zip(shapes, needs, strict=True)]
-        self.mean_row = problem.frozen.weight.mean(0, dtype=self.dtype) if "delta" in problem.states else None
+        noted = ("student", "target", *(n for n in ("teacher", "reference_only") if n in states))
+        self.at_label = {name: [self._empty(0)] for name in noted if self.labels is not None}
 
-    def run(self) -> Solution:
-        problem, count = self.problem, self.hidden.shape[0]
+    def run(self) -> FusedLoss:
+        count = len(self.hidden)
         for start in range(0, count, self.chunk):
             self._chunk(start, min(start + self.chunk, count))
         grad_hidden, grad_weight, grad_bias = self.grads
@@ -177,8 +176,8 @@ class _Pass:
             grad_hidden.mul_(self.weights.unsqueeze(-1))
         if grad_weight is not None and self.head_dtype == torch.bfloat16:
             grad_weight = grad_weight.bfloat16()  # half the memory until the backward, with the range of fp32
-        return Solution(
-            loss=(problem.weights * self.stats.per_token).sum().to(torch.float32),
+        return FusedLoss(
+            loss=(self.loss_weights * self.stats.per_token).sum().to(torch.float32),
             stats=self.stats,
             at_label={name: torch.cat(parts) for name, parts in self.at_label.items()},
             grad_unit=self.unit,
@@ -189,39 +188,39 @@ class _Pass:
         student, logits = self._project(start, end)
         stats = self.stats.rows(start, end)
         cap = None
-        if self.problem.student.softcap is not None:
+        if self.student.softcap is not None:
             if self.cap_buffer is not None:
                 cap = self.cap_buffer[: end - start].copy_(student)
-            self.problem.student.uncapped(student)
+            self.student.uncapped(student)
 
         target, delta, shift = self._target(logits, stats, start, end)
         grad = None
         if self.needs_grad:
             grad = student if self.grad_buffer is None else self.grad_buffer[: end - start]
-        if self.problem.labels is None:
-            self.transform(student, target, delta, shift, self.problem.rows, stats, grad)
-            scale = self.problem.rows.grad_scale
+        if self.labels is None:
+            self.transform(student, target, delta, shift, self.settings, stats, grad)
+            scale = self.settings.grad_scale
         else:
             # The forward KL without a gradient forms target and metrics, and leaves both softmaxes as they are
-            self.transform(student, target, delta, shift, replace(self.problem.rows, beta=0.0), stats, None)
-            labels = self.problem.labels[start:end]
+            self.transform(student, target, delta, shift, replace(self.settings, beta=0.0), stats, None)
+            labels = self.labels[start:end]
             log_p, log_q = sampled_token(student, target, labels, stats, grad)
             self._note(student=log_p, target=log_q)
             scale = 1.0
         if grad is not None:
             if cap is not None:
                 grad.mul_(cap.square_().neg_().add_(1.0))
-            self._accumulate(grad, scale * self.problem.student.slope, start, end)
+            self._accumulate(grad, scale * self.student.slope, start, end)
 
     def _project(self, start: int, end: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits of the chunk; consecutive products with one weight and factor become one."""
-        problem, n = self.problem, end - start
-        names = ["student", *problem.states]
-        hidden = [self.hidden, *problem.states.values()]
+        n = end - start
+        names = ["student", *self.states]
+        hidden = [self.hidden, *self.states.values()]
         rows = [h[start:end].to(self.operand) for h in hidden]
-        heads = [problem.student, *(problem.frozen for _ in problem.states)]
+        heads = [self.student, *(self.frozen for _ in self.states)]
         logits = self.buffer[: len(names) * n].view(len(names), n, self.vocab)
-        if _same_weight(problem.student, problem.frozen) and problem.student.alpha == problem.frozen.alpha:
+        if self.student.same_weight(self.frozen) and self.student.alpha == self.frozen.alpha:
             groups = [(0, len(names))]
         else:
             groups = [(0, 1), (1, len(names))]
@@ -238,21 +237,20 @@ class _Pass:
         self, logits: dict[str, Tensor], stats: RowStats, start: int, end: int
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Arguments `target`, `delta` and `shift` of the row transform."""
-        problem = self.problem
         if "delta" in logits:
             assert self.mean_row is not None
-            mean = problem.states["delta"][start:end].to(self.dtype) @ self.mean_row
-            return logits["base"], logits["delta"], mean * problem.frozen.alpha
+            mean = self.states["delta"][start:end].to(self.dtype) @ self.mean_row
+            return logits["base"], logits["delta"], mean * self.frozen.alpha
         teacher, reference_only, base = (logits.get(name) for name in ("teacher", "reference_only", "base"))
         assert teacher is not None
-        if problem.labels is not None:
-            labels = problem.labels[start:end]
+        if self.labels is not None:
+            labels = self.labels[start:end]
             self._note(teacher=score(teacher, labels))
             if reference_only is not None:
                 self._note(reference_only=score(reference_only, labels))
-        if problem.target_logits is not None:
+        if self.target_logits is not None:
             assert reference_only is not None and base is not None
-            target = problem.target_logits(teacher.mul_(LN2), reference_only.mul_(LN2), base.mul_(LN2))
+            target = self.target_logits(teacher.mul_(LN2), reference_only.mul_(LN2), base.mul_(LN2))
             target = _checked(target, base).clamp(min=_LOWEST)
             self._kl_base(target, base, stats)
             return target.mul_(LOG2E), None, None
@@ -260,7 +258,7 @@ class _Pass:
             if base is not None:
                 self._kl_base(teacher * LN2, base * LN2, stats)
             return teacher, None, None
-        if problem.center:
+        if self.settings.pmi_center:
             delta = teacher.sub_(reference_only)
             return base, delta, delta.mean(-1)
         norms = [torch.logsumexp(x * LN2, -1) * LOG2E for x in (teacher, reference_only)]
@@ -277,7 +275,7 @@ class _Pass:
             self.at_label[name].append(values)
 
     def _accumulate(self, grad: Tensor, alpha: float, start: int, end: int) -> None:
-        weight = self.problem.student.weight
+        weight = self.student.weight
         grad_hidden, grad_weight, grad_bias = self.grads
         if grad_hidden is not None:
             back_to_hidden(grad, weight, alpha, grad_hidden[start:end])
@@ -307,13 +305,6 @@ class AttachGradient(torch.autograd.Function):
         grads = iter(saved)
         pairs = zip(ctx.present, ctx.dtypes, strict=True)
         return None, None, None, *((next(grads) * scale).to(dtype) if present else None for present, dtype in pairs)
-
-
-def _same_weight(a: Projector, b: Projector) -> bool:
-    """Whether two heads share their weight, as the same parameter or as two views of it."""
-    one, two = a.weight, b.weight
-    layouts = [(x.data_ptr(), x.shape, x.stride(), x.dtype) for x in (one, two)]
-    return one is two or layouts[0] == layouts[1]
 
 
 def row_transform(device: torch.device) -> Callable[..., None]:

@@ -1,9 +1,9 @@
 """
 Row transforms of one chunk in torch: from logits to the divergence, its gradient and the metrics.
 
-Every function here works row by row on fp32 (or fp64) logits in **bits**, that is natural logits times `log2(e)`: the
-factor is free inside the projection that produces them, and `exp2` is cheaper than `exp` on CPUs and GPUs alike. All
-results are in nats. `kernels/triton_rows.py` holds the Triton twin of `divergence_rows`, with the same signature.
+Every function works row by row on fp32 (or fp64) **base-2 logits**, that is, natural logits times `log2(e)`: the
+factor is free inside the product that forms them, and `exp2` is cheaper than `exp` on CPUs and GPUs alike. All results
+are in nats. `kernels/triton_rows.py` holds the Triton twin of `divergence_rows`, with the same signature.
 
 Shapes: n rows (tokens) of one chunk, V vocabulary entries.
 
@@ -29,58 +29,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..head import LN2, LOG2E
+from .settings import LossSettings
 
-LN2 = math.log(2.0)
-LOG2E = 1.0 / LN2
 
 # Elements of one block of rows: small enough for the scratch to stay in the last-level cache, large enough to outweigh
-# starting some forty parallel regions a block, which is dear where other processes compete for the cores.
+# the start of some forty parallel regions per block, which is slow where other processes compete for the cores.
 _CPU_BLOCK = 1 << 20
 # The same on a device without Triton: only the scratch has to stay small.
 _DEVICE_BLOCK = 1 << 24
 
-# Rows whose largest logit lies within this many bits of zero need no shift before `exp2`.
+# Rows whose largest base-2 logit lies within this distance of zero need no shift before `exp2`.
 SAFE = 60.0
 
-# Bits below a row's largest logit under which a probability cannot matter to a divergence that is bounded.
+# Distance below a row's largest base-2 logit from which a probability cannot matter to a divergence that is bounded.
 FLOOR = 80.0
-
-
-@dataclass(frozen=True)
-class RowSettings:
-    """
-    What the row transforms need to know besides the logits.
-
-    Args:
-        beta (`float`): interpolation of the divergence, TRL's convention (see the table above).
-        pmi_beta (`float`): temperature of the reward, `target = base + clipped / pmi_beta`.
-        pmi_clip (`float`, *optional*): bound `c` of the soft clip `c tanh(x / c)`, in nats.
-        kl_clip (`float`, *optional*): upper bound of one vocabulary entry's contribution, in nats.
-    """
-
-    beta: float
-    pmi_beta: float = 1.0
-    pmi_clip: float | None = None
-    kl_clip: float | None = None
-
-    @property
-    def delta_scale(self) -> float:
-        """Factor from the difference of logits in bits to the argument of the clip, or to nats without a clip."""
-        return LN2 if self.pmi_clip is None else LN2 / self.pmi_clip
-
-    @property
-    def tilt_gain(self) -> float:
-        """Factor from the clipped argument to bits added to the base logits."""
-        return (1.0 if self.pmi_clip is None else self.pmi_clip) * LOG2E / self.pmi_beta
-
-    @property
-    def grad_scale(self) -> float:
-        """Factor that the written gradient still lacks; the caller multiplies it into its matrix product."""
-        if self.beta == 0.0:
-            return 1.0
-        if self.beta == 1.0:
-            return LN2
-        return LN2 * (1.0 - self.beta) * (-1.0 if self.kl_clip is None else 1.0)
 
 
 @dataclass(frozen=True)
@@ -101,11 +64,11 @@ class RowStats:
 
 
 def divergence_rows(
-    student: Tensor,  # [n, V] bits; overwritten by the gradient
-    target: Tensor,  # [n, V] bits; the base's logits where `delta` is given; overwritten
-    delta: Tensor | None,  # [n, V] bits, teacher minus reference-only; overwritten
-    shift: Tensor | None,  # [n] bits, what centring subtracts from `delta`
-    settings: RowSettings,
+    student: Tensor,  # [n, V] base-2; overwritten by the gradient
+    target: Tensor,  # [n, V] base-2; the base's logits where `delta` is given; overwritten
+    delta: Tensor | None,  # [n, V] base-2, teacher minus reference-only; overwritten
+    shift: Tensor | None,  # [n] base-2, what centring subtracts from `delta`
+    settings: LossSettings,
     stats: RowStats,  # [n] each, written
     grad: Tensor | None,  # [n, V], where the gradient goes: `student` itself or a tensor of another dtype
 ) -> None:
@@ -138,7 +101,7 @@ def _divergence_block(
     target: Tensor,
     delta: Tensor | None,
     shift: Tensor | None,
-    settings: RowSettings,
+    settings: LossSettings,
     stats: RowStats,
     grad: Tensor | None,
     scratch: Tensor,
@@ -163,7 +126,7 @@ def _divergence_block(
     floored = mixed and _raise_to_floor(student, top_p)
     log_zp = _softmax(student, p)
     stats.student_entropy.copy_((log_zp - _dot(p, student, work)) * LN2)
-    kl_forward = gap - log_zq + log_zp  # bits
+    kl_forward = gap - log_zq + log_zp  # base 2
     stats.kl_target_student.copy_(kl_forward * LN2)
 
     if settings.kl_clip is not None:
@@ -202,7 +165,7 @@ def _log_ratio(p: Tensor, q: Tensor, beta: float, out: Tensor) -> Tensor:
 
 
 def _purify(
-    base: Tensor, delta: Tensor, shift: Tensor, settings: RowSettings, stats: RowStats, work: Tensor
+    base: Tensor, delta: Tensor, shift: Tensor, settings: LossSettings, stats: RowStats, work: Tensor
 ) -> Tensor:
     """`base` becomes the purified target's logits, `delta` the clipped tilt; returns the base's log-sum-exp, `[n]`."""
     torch.exp2(base, out=work)  # a log-sum-exp without shift; redone with one where that leaves the range
@@ -266,7 +229,7 @@ def _clipped(
     work: Tensor,
     log_zp: Tensor,
     log_zq: Tensor,
-    settings: RowSettings,
+    settings: LossSettings,
     stats: RowStats,
     grad: Tensor | None,
 ) -> None:
@@ -298,8 +261,8 @@ def _clipped(
 
 
 def sampled_token(
-    student: Tensor,  # [n, V] bits
-    target: Tensor,  # [n, V] bits
+    student: Tensor,  # [n, V] base-2
+    target: Tensor,  # [n, V] base-2
     labels: Tensor,  # [n] sampled token ids
     stats: RowStats,  # [n] each; `per_token` is written
     grad: Tensor | None,  # [n, V]
@@ -323,6 +286,6 @@ def sampled_token(
 
 
 def score(logits: Tensor, labels: Tensor) -> Tensor:
-    """Log-probability of each row's label, `[n]` in nats, of logits `[n, V]` in bits."""
+    """Log-probability of each row's label, `[n]` in nats, of logits `[n, V]` in base 2."""
     at_label = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     return at_label * LN2 - torch.logsumexp(logits * LN2, -1)

@@ -24,7 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows import FLOOR, SAFE, RowSettings, RowStats
+from .rows import FLOOR, SAFE, RowStats
+from .settings import LossSettings
 
 
 _BLOCK = 2048  # eleven accumulators a lane have to stay in registers
@@ -237,11 +238,11 @@ def _divergence_kernel(
 
 
 def divergence_rows(
-    student: Tensor,  # [n, V] bits; overwritten by the gradient
-    target: Tensor,  # [n, V] bits; the base's logits where `delta` is given; overwritten
-    delta: Tensor | None,  # [n, V] bits, teacher minus reference-only
-    shift: Tensor | None,  # [n] bits, what centring subtracts from `delta`
-    settings: RowSettings,
+    student: Tensor,  # [n, V] base-2; overwritten by the gradient
+    target: Tensor,  # [n, V] base-2; the base's logits where `delta` is given; overwritten
+    delta: Tensor | None,  # [n, V] base-2, teacher minus reference-only
+    shift: Tensor | None,  # [n] base-2, what centring subtracts from `delta`
+    settings: LossSettings,
     stats: RowStats,  # [n] each, written
     grad: Tensor | None,  # [n, V], where the gradient goes: `student` itself or a tensor of another dtype
 ) -> None:

@@ -1,19 +1,33 @@
 """
-The guard's statistics: has a marker's rate left the band around its baseline, beyond the noise of counting?
+Does the student still think aloud: epistemic markers on the rollouts, and a guard of their rates.
 
 Completions are the independent units, not tokens: a single degenerate completion holds hundreds of "Wait". The
 variance of a rate is therefore taken between completions (ratio estimator), never below that of a Poisson count.
+
+Shapes: N completions, M markers.
 """
 
+import logging
 import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from ..markers import PAPER_MARKERS, MarkerCounter, distinct, has_answer
 
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+logger = logging.getLogger(__name__)
+
+_NGRAMS = (2, 4)
 # Distance from the band that counts, in standard errors: a rate right on its edge alarms once in some 740 looks
 _STANDARD_ERRORS = 3.0
 
@@ -180,3 +194,125 @@ class RateGuard:
         self.baseline = None if state["baseline"] is None else unpack(state["baseline"])
         self.recent = deque(map(unpack, state["recent"]), maxlen=self.window)
         self.outside = dict(state["outside"])
+
+
+class EpistemicMonitor(TrainerCallback, ExportableState):
+    """
+    Counts epistemic markers, repetition and answers on the training rollouts, and guards the markers' rates.
+
+    The baseline is measured on the rollouts of the first step, which the model writes before its first update. The
+    guard compares the last `window` steps with it ([`RateGuard`]). Baseline, window and alarms are part of the
+    checkpoint.
+
+    Args:
+        markers (`Sequence[str]`):
+            Words or phrases to count.
+        guard (`str`, *optional*, defaults to `"warn"`):
+            `"warn"` logs a warning when a rate leaves the band, `"stop"` also saves a checkpoint and ends training,
+            `"ignore"` does nothing.
+        band (`float`, *optional*, defaults to `2.0`):
+            A rate may fall to `baseline / band` and rise to `baseline * band`.
+        window (`int`, *optional*, defaults to `10`):
+            Steps over which the present rate is taken.
+    """
+
+    def __init__(self, markers: Sequence[str], guard: str = "warn", band: float = 2.0, window: int = 10):
+        self.counter = MarkerCounter(markers)
+        self.guard = guard
+        self.rates = RateGuard(self.counter.markers, band, window)
+        self._observed: MarkerSums | None = None
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {
+            "args": {
+                "markers": list(self.counter.markers),
+                "guard": self.guard,
+                "band": self.rates.band,
+                "window": self.rates.window,
+            },
+            "attributes": {"saved_rates": self.rates.state()},
+        }
+
+    @property
+    def saved_rates(self) -> dict[str, Any]:
+        """Baseline, window and alarms as a checkpoint holds them; assigning restores them."""
+        return self.rates.state()
+
+    @saved_rates.setter
+    def saved_rates(self, state: dict[str, Any]) -> None:
+        self.rates.load(state)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # transformers restores callbacks by name only on request; the guard must not lose its baseline by default
+        callbacks: Any = state.stateful_callbacks or {}  # a dict by now; the annotation is that of the constructor
+        saved = callbacks.get(type(self).__name__)
+        if isinstance(saved, dict) and list(self.counter.markers) == saved["args"]["markers"]:
+            self.saved_rates = saved["attributes"]["saved_rates"]
+
+    def observe(
+        self, texts: Sequence[str], ids: Sequence[Sequence[int]], accelerator: "Accelerator", training: bool
+    ) -> dict[str, tuple[float, float]]:
+        """
+        Counts on the rollouts of one generation batch.
+
+        Args:
+            texts (`Sequence[str]`):
+                This process's completions, what the student wrote.
+            ids (`Sequence[Sequence[int]]`):
+                Their token ids.
+            accelerator ([`~accelerate.Accelerator`]):
+                Sums over all processes.
+            training (`bool`):
+                Whether these are training rollouts; others do not concern the guard.
+
+        Returns:
+            `dict[str, tuple[float, float]]`: total and number (of tokens, of completions) by metric name.
+        """
+        counts = torch.tensor([list(self.counter.count(text).values()) for text in texts], dtype=torch.float64)
+        lengths = torch.tensor([len(row) for row in ids], dtype=torch.float64)
+        sums = MarkerSums.of(counts.reshape(len(texts), len(self.counter.markers)), lengths)
+        others = torch.tensor(
+            [sum(has_answer(text) for text in texts), *(sum(distinct(row, n) for row in ids) for n in _NGRAMS)],
+            dtype=torch.float64,
+        )
+        # fp32, because some accelerators have no fp64; counts below 2**24 are exact
+        packed = torch.cat([sums.packed(), others]).float().to(accelerator.device)
+        packed = accelerator.reduce(packed, "sum").double().cpu()
+        sums = MarkerSums.unpacked(packed[: -len(others)], len(self.counter.markers))
+        answered, *distincts = packed[-len(others) :].tolist()
+        if training:
+            self._observed = sums
+        per_marker = dict(zip(self.counter.markers, sums.counts.tolist(), strict=True))
+        metrics = {f"epistemic/{name}_per_1k": (1000 * n, sums.tokens) for name, n in per_marker.items()}
+        metrics["epistemic/total_per_1k"] = (1000 * sum(per_marker.values()), sums.tokens)
+        if set(PAPER_MARKERS) <= per_marker.keys():
+            metrics["epistemic/paper_per_1k"] = (1000 * sum(per_marker[name] for name in PAPER_MARKERS), sums.tokens)
+        metrics["completions/answer_rate"] = (answered, sums.completions)
+        for n, value in zip(_NGRAMS, distincts, strict=True):
+            metrics[f"completions/distinct_{n}"] = (value, sums.completions)
+        return metrics
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if self._observed is None:
+            return control
+        new = self.rates.update(self._observed)
+        self._observed = None
+        if self.guard == "ignore" or not new:
+            return control
+        # All processes hold the same sums, so they decide alike
+        if state.is_world_process_zero:
+            for alarm in new:
+                logger.warning("Step %d: %s", state.global_step, alarm)
+            if self.guard == "stop":
+                logger.warning(
+                    "Step %d: `epistemic_guard: stop` ends training here, with a checkpoint.", state.global_step
+                )
+        if self.guard == "stop":
+            control.should_save = True
+            control.should_training_stop = True
+        return control

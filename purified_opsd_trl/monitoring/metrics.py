@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..loss import TokenLoss
+from ..scores import ScoringStats
+
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-    from .loss import TokenLoss
-    from .scoring import ScoringStats
 
 
 class TokenMeans:
@@ -50,7 +50,7 @@ class TokenMeans:
         return means
 
 
-def loss_sums(result: "TokenLoss", num_tokens: torch.Tensor, seconds: float) -> dict[str, torch.Tensor]:
+def loss_sums(result: TokenLoss, num_tokens: torch.Tensor, seconds: float) -> dict[str, torch.Tensor]:
     """
     What one micro-batch adds to the metrics, on this process. Every process has the same keys.
 
@@ -114,7 +114,7 @@ def reduce_loss_sums(
     return {name: (total, tokens) for name, total in by_name.items()}, seconds / accelerator.num_processes
 
 
-def scoring_metrics(stats: "ScoringStats", accelerator: "Accelerator") -> dict[str, float]:
+def scoring_metrics(stats: ScoringStats, accelerator: "Accelerator") -> dict[str, float]:
     """
     Cost of one scoring pass over all processes.
 

@@ -1,40 +1,102 @@
 """
-Monitors of a run: what the teacher's signal consists of, and whether the student still thinks aloud.
-
-Both are callbacks with one method that the trainer calls at the one place where the numbers exist:
+How much of the teacher's signal is the reference: the statistics of Eq. 4, and the monitor that takes them.
 
 ```text
-rollout  -> EpistemicMonitor.observe                 counts on the completions' text
-scoring  -> DecompositionMonitor.sample              tokens to look at, and their frozen states
-loss     -> DecompositionMonitor.measure             the student's state at the same tokens
+scoring -> DecompositionMonitor.sample     chooses tokens and keeps their frozen states
+loss    -> DecompositionMonitor.measure    adds the student's state at the same tokens
 ```
 
-Every process runs the same collectives: whether a step is looked at depends on its number alone.
+Every process runs the same collectives: whether a step is measured depends on its number alone.
+
+Shapes: `[..., V]` is any number of leading dimensions and the vocabulary last; `B` rows, `C` longest completion, `K`
+most tokens of a row that are measured, `H` hidden size.
 """
 
-import logging
 import os
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
 
-from .decomposition import STATISTICS, decomposition_stats, project_logits
-from .guard import MarkerSums, RateGuard
-from .loss import LMHead, _projector, gathered_heads
-from .markers import PAPER_MARKERS, TOKEN_CLASSES, MarkerCounter, TokenClassifier, distinct, has_answer
+from ..head import LMHead, gathered
+from ..markers import TOKEN_CLASSES, TokenClassifier
+from ..purification import Decomposition, decompose
+from ..scores import TeacherScores
 from .metrics import clock
 
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from .scoring import TeacherScores
+
+class DecompositionStats(NamedTuple):
+    """
+    Cosines and norm ratios of `Delta_total = Delta_ref + Delta_it` over the vocabulary, one value a token.
+
+    The first three weight every vocabulary entry alike, as the paper does; the near-zero tail of the distributions
+    dominates them. The `mass_*` three use the inner product `<a, b> = sum_v pi_theta(v) a(v) b(v)`: what the student
+    might really say. A cosine with a zero vector, and a ratio to one, are 0.
+
+    Attributes:
+        cos_total_ref, mass_cos_total_ref (`torch.Tensor` of shape `[...]`):
+            cos(Delta_total, Delta_ref): near 1, the signal is what the reference alone induces.
+        cos_total_it, mass_cos_total_it (`torch.Tensor` of shape `[...]`):
+            cos(Delta_total, Delta_it).
+        norm_ratio_ref, mass_norm_ratio_ref (`torch.Tensor` of shape `[...]`):
+            |Delta_ref| / |Delta_total|: above 1, the reference-induced part outweighs the whole signal.
+    """
+
+    cos_total_ref: torch.Tensor
+    cos_total_it: torch.Tensor
+    norm_ratio_ref: torch.Tensor
+    mass_cos_total_ref: torch.Tensor
+    mass_cos_total_it: torch.Tensor
+    mass_norm_ratio_ref: torch.Tensor
 
 
-logger = logging.getLogger(__name__)
+STATISTICS = DecompositionStats._fields
+
+
+def decomposition_stats(
+    student: torch.Tensor, teacher: torch.Tensor, reference_only: torch.Tensor
+) -> tuple[DecompositionStats, Decomposition]:
+    """
+    Statistics of the decomposition, and the log-ratios they are taken of.
+
+    Args:
+        student (`torch.Tensor` of shape `[..., V]`):
+            Student logits, after temperature.
+        teacher (`torch.Tensor` of shape `[..., V]`):
+            Logits of the privileged teacher (question and reference in context).
+        reference_only (`torch.Tensor` of shape `[..., V]`):
+            Logits of the reference-only probe (reference in context, no question).
+
+    Returns:
+        `tuple`: [`DecompositionStats`] and [`Decomposition`].
+    """
+    parts = decompose(student, teacher, reference_only)
+    plain = _stats(*parts)
+    # sqrt(p) on both factors is p on their product
+    root = torch.softmax(student.to(parts.total.dtype), dim=-1).sqrt_()
+    mass = _stats(*(root * part for part in parts))
+    return DecompositionStats(*plain, *mass), parts
+
+
+def _stats(total: torch.Tensor, ref: torch.Tensor, it: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    norm_total, norm_ref, norm_it = (torch.linalg.vector_norm(x, dim=-1) for x in (total, ref, it))
+    return (
+        _ratio(torch.linalg.vecdot(total, ref), norm_total * norm_ref),
+        _ratio(torch.linalg.vecdot(total, it), norm_total * norm_it),
+        _ratio(norm_ref, norm_total),
+    )
+
+
+def _ratio(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
+    positive = denominator > 0
+    return torch.where(positive, numerator / denominator.where(positive, torch.ones_like(denominator)), 0.0)
+
 
 THIRDS = ("first_third", "middle_third", "last_third")
 _GROUPS = ("", *(f"{name}/" for name in (*THIRDS, *TOKEN_CLASSES)))
@@ -42,7 +104,6 @@ DECOMPOSITION_METRICS = tuple(f"purification/{group}{name}" for group in _GROUPS
 
 # Tensors `[chunk, V]` alive at once while the statistics are formed: logits, log-ratios, weights, temporaries
 _BUFFERS = 10
-_NGRAMS = (2, 4)
 
 
 class DecompositionMonitor(TrainerCallback):
@@ -101,7 +162,7 @@ class DecompositionMonitor(TrainerCallback):
         self.due = False
 
     def sample(
-        self, scores: "TeacherScores", completion_ids: torch.Tensor, loss_mask: torch.Tensor, process: int, total: int
+        self, scores: TeacherScores, completion_ids: torch.Tensor, loss_mask: torch.Tensor, process: int, total: int
     ) -> dict[str, torch.Tensor]:
         """
         Chooses the tokens to look at and keeps their frozen states.
@@ -180,15 +241,17 @@ class DecompositionMonitor(TrainerCallback):
         groups = inputs["decomposition_groups"].to(device)[present]
         labels = inputs["completion_ids"].to(device).gather(1, positions.clamp(min=0))[present]
         sums = torch.zeros(len(_GROUPS), len(STATISTICS) + 1, dtype=torch.float64)
-        with gathered_heads(student_head, frozen_head):
-            trained, frozen = (_projector(head, self.temperature) for head in (student_head, frozen_head))
-            projectors = (trained, frozen, frozen)
+        with gathered(student_head, frozen_head):
+            heads = (replace(head, temperature=self.temperature).full() for head in (student_head, frozen_head))
+            trained, frozen = heads
             size = max(1, self.memory_budget // (4 * _BUFFERS * trained.weight.shape[0]))
             for start in range(0, len(labels), size):
                 chunk = slice(start, start + size)
-                states = (student[chunk], teacher[chunk], reference_only[chunk])
-                logits = [project_logits(state, head) for state, head in zip(states, projectors, strict=True)]
-                stats, parts = decomposition_stats(*logits)
+                stats, parts = decomposition_stats(
+                    trained.logits(student[chunk]),
+                    frozen.logits(teacher[chunk]),
+                    frozen.logits(reference_only[chunk]),
+                )
                 sums += _grouped(torch.stack(stats, dim=-1), groups[chunk]).cpu()
                 at_label = [part.gather(-1, labels[chunk].unsqueeze(-1)).squeeze(-1) for part in parts]
                 self._remember(labels[chunk], groups[chunk], torch.stack(at_label, dim=-1))
@@ -269,125 +332,3 @@ def _log_table(tokens: list[dict[str, Any]], args: TrainingArguments, step: int)
         backends.append(trackio)
     for backend in backends:
         backend.log({"token_decomposition": backend.Table(dataframe=frame)})
-
-
-class EpistemicMonitor(TrainerCallback, ExportableState):
-    """
-    Counts epistemic markers, repetition and answers on the training rollouts, and guards the markers' rates.
-
-    The baseline is measured on the rollouts of the first step, which the model writes before its first update. The
-    guard compares the last `window` steps with it ([`RateGuard`]). Baseline, window and alarms are part of the
-    checkpoint.
-
-    Args:
-        markers (`Sequence[str]`):
-            Words or phrases to count.
-        guard (`str`, *optional*, defaults to `"warn"`):
-            `"warn"` logs a warning when a rate leaves the band, `"stop"` also saves a checkpoint and ends training,
-            `"ignore"` does nothing.
-        band (`float`, *optional*, defaults to `2.0`):
-            A rate may fall to `baseline / band` and rise to `baseline * band`.
-        window (`int`, *optional*, defaults to `10`):
-            Steps over which the present rate is taken.
-    """
-
-    def __init__(self, markers: Sequence[str], guard: str = "warn", band: float = 2.0, window: int = 10):
-        self.counter = MarkerCounter(markers)
-        self.guard = guard
-        self.rates = RateGuard(self.counter.markers, band, window)
-        self._observed: MarkerSums | None = None
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
-        return {
-            "args": {
-                "markers": list(self.counter.markers),
-                "guard": self.guard,
-                "band": self.rates.band,
-                "window": self.rates.window,
-            },
-            "attributes": {"saved_rates": self.rates.state()},
-        }
-
-    @property
-    def saved_rates(self) -> dict[str, Any]:
-        """Baseline, window and alarms as a checkpoint holds them; assigning restores them."""
-        return self.rates.state()
-
-    @saved_rates.setter
-    def saved_rates(self, state: dict[str, Any]) -> None:
-        self.rates.load(state)
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        # transformers restores callbacks by name only on request; the guard must not lose its baseline by default
-        callbacks: Any = state.stateful_callbacks or {}  # a dict by now; the annotation is that of the constructor
-        saved = callbacks.get(type(self).__name__)
-        if isinstance(saved, dict) and list(self.counter.markers) == saved["args"]["markers"]:
-            self.saved_rates = saved["attributes"]["saved_rates"]
-
-    def observe(
-        self, texts: Sequence[str], ids: Sequence[Sequence[int]], accelerator: "Accelerator", training: bool
-    ) -> dict[str, tuple[float, float]]:
-        """
-        Counts on the rollouts of one generation batch.
-
-        Args:
-            texts (`Sequence[str]`):
-                This process's completions, what the student wrote.
-            ids (`Sequence[Sequence[int]]`):
-                Their token ids.
-            accelerator ([`~accelerate.Accelerator`]):
-                Sums over all processes.
-            training (`bool`):
-                Whether these are training rollouts; others do not concern the guard.
-
-        Returns:
-            `dict[str, tuple[float, float]]`: total and number (of tokens, of completions) by metric name.
-        """
-        counts = torch.tensor([list(self.counter.count(text).values()) for text in texts], dtype=torch.float64)
-        lengths = torch.tensor([len(row) for row in ids], dtype=torch.float64)
-        sums = MarkerSums.of(counts.reshape(len(texts), len(self.counter.markers)), lengths)
-        others = torch.tensor(
-            [sum(has_answer(text) for text in texts), *(sum(distinct(row, n) for row in ids) for n in _NGRAMS)],
-            dtype=torch.float64,
-        )
-        # fp32, because some accelerators have no fp64; counts below 2**24 are exact
-        packed = torch.cat([sums.packed(), others]).float().to(accelerator.device)
-        packed = accelerator.reduce(packed, "sum").double().cpu()
-        sums = MarkerSums.unpacked(packed[: -len(others)], len(self.counter.markers))
-        answered, *distincts = packed[-len(others) :].tolist()
-        if training:
-            self._observed = sums
-        per_marker = dict(zip(self.counter.markers, sums.counts.tolist(), strict=True))
-        metrics = {f"epistemic/{name}_per_1k": (1000 * n, sums.tokens) for name, n in per_marker.items()}
-        metrics["epistemic/total_per_1k"] = (1000 * sum(per_marker.values()), sums.tokens)
-        if set(PAPER_MARKERS) <= per_marker.keys():
-            metrics["epistemic/paper_per_1k"] = (1000 * sum(per_marker[name] for name in PAPER_MARKERS), sums.tokens)
-        metrics["completions/answer_rate"] = (answered, sums.completions)
-        for n, value in zip(_NGRAMS, distincts, strict=True):
-            metrics[f"completions/distinct_{n}"] = (value, sums.completions)
-        return metrics
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        if self._observed is None:
-            return control
-        new = self.rates.update(self._observed)
-        self._observed = None
-        if self.guard == "ignore" or not new:
-            return control
-        # All processes hold the same sums, so they decide alike
-        if state.is_world_process_zero:
-            for alarm in new:
-                logger.warning("Step %d: %s", state.global_step, alarm)
-            if self.guard == "stop":
-                logger.warning(
-                    "Step %d: `epistemic_guard: stop` ends training here, with a checkpoint.", state.global_step
-                )
-        if self.guard == "stop":
-            control.should_save = True
-            control.should_training_stop = True
-        return control

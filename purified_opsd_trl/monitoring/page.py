@@ -26,7 +26,7 @@ _DASHES = ("", "7 3", "2 3", "9 3 2 3", "5 5", "1 3", "12 4")
 
 def template(name: str) -> str:
     """Text of a file in `templates/`."""
-    return files("purified_opsd_trl").joinpath("templates", name).read_text(encoding="utf-8")
+    return files(__package__).joinpath("templates", name).read_text(encoding="utf-8")
 
 
 def page(title: str, subtitle: str, body: str, *, style: str = "", script: str = "", data: Any = None) -> str:

@@ -1,0 +1,94 @@
+"""
+The backbone of a causal language model: everything below its output head.
+
+Shapes: `b` sequences, `L` padded length, `H` hidden size.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+
+
+def last_hidden_states(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, count: int) -> torch.Tensor:
+    """
+    Runs the backbone and returns the states from which the last tokens are predicted.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Unwrapped model. Call it inside the forward of what DDP, FSDP or DeepSpeed made of it.
+        input_ids (`torch.Tensor` of shape `[b, L]`):
+            Token ids.
+        attention_mask (`torch.Tensor` of shape `[b, L]`):
+            1 for tokens, 0 for padding.
+        count (`int`):
+            Number of columns.
+
+    Returns:
+        `torch.Tensor` of shape `[b, count, H]`: position `i` holds the state that predicts column `L - count + i`.
+    """
+    outputs = backbone(model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    return outputs.last_hidden_state[:, :-1][:, -count:]
+
+
+def backbone(model: Any) -> Any:
+    """The module that maps token ids to last hidden states, under PEFT as well."""
+    return (model.base_model.model if is_peft_model(model) else model).base_model
+
+
+def context_length(model: Any) -> int | None:
+    """Longest sequence in tokens that the model's configuration allows; `None` if it sets no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+@contextmanager
+def without_dropout(model: torch.nn.Module) -> Iterator[None]:
+    """Puts a model into evaluation mode (no dropout, no gradient checkpointing) and back into the mode it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def keep_trainable_4bit(model: torch.nn.Module) -> None:
+    """
+    Keeps bitsandbytes from repacking the 4-bit weights of a model that is trained.
+
+    On CPUs with AVX-512-bf16 a 4-bit layer in evaluation mode repacks its weight for a kernel without a backward:
+    after the first scoring pass, or after `evaluate`, the gradients would be silently wrong.
+
+    Args:
+        model (`torch.nn.Module`):
+            The student.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def why_not_shareable(model: Any) -> str | None:
+    """
+    Why a model cannot continue one prefix in two ways and score exactly what separate forwards score.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Unwrapped model.
+
+    Returns:
+        `str`, *optional*: the reason; `None` if it can.
+    """
+    config = model.config.get_text_config()
+    if config is not model.config:
+        return f"{model.config.model_type} is more than a language model"
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {str(part.get("rope_type")) for part in (rope, *rope.values()) if isinstance(part, dict)}
+    if kinds & {"dynamic", "longrope"}:
+        return f"the rotary embedding of {config.model_type} depends on the length of the complete sequence"
+    layers = set(getattr(config, "layer_types", None) or ())
+    if layers - {"full_attention", "sliding_attention"} or getattr(model, "_is_stateful", False):
+        return f"{config.model_type} has layers other than full and sliding-window attention"
+    return None
