@@ -7,9 +7,10 @@ Triton twin of `kernels.rows.divergence_rows`: one program per row, at most thre
 | 2 | student, target | | the mean that the gradient subtracts, the divergence (not for the forward KL) |
 | 3 | student, target | gradient | the gradient |
 
-Every lane keeps its own running maximum and sums, so that the loops hold no reduction across lanes; the lanes are
-combined once after each pass. Formulae and units are those of `kernels/rows.py`. The module needs Triton; it also runs
-on CPU tensors under `TRITON_INTERPRET=1`, which is how its numbers are tested without a GPU.
+Every lane takes four entries per step and keeps one running maximum and one sum of each kind, so that the loops hold
+no reduction across threads; the lanes are combined once after each pass. Formulas and units are those of
+`kernels/rows.py`. The module needs Triton. It also runs on CPU tensors under `TRITON_INTERPRET=1`, which is how its
+numbers are tested without a GPU; `tests/test_triton_compile.py` compiles every variant and bounds its registers.
 
 Shapes: n rows (tokens) of one chunk, V vocabulary entries.
 """
@@ -19,17 +20,24 @@ Shapes: n rows (tokens) of one chunk, V vocabulary entries.
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .rows import FLOOR, SAFE, RowStats
+from .rows import divergence_rows as torch_divergence_rows
 from .settings import LossSettings
 
 
-_BLOCK = 2048  # eleven accumulators a lane have to stay in registers
-_LOWEST = tl.constexpr(-1e30)  # of a lane that has seen nothing; finite, so that its difference to itself is 0
+# Entries of a row per step, and the threads that share them: four entries per thread, one load of 16 bytes. With at
+# most 64 registers per thread, two or more blocks are resident on a multiprocessor of 65,536.
+_BLOCK = 2048
+_THREADS = 512
+_LOWEST = tl.constexpr(-1e29)  # of a lane that has seen nothing; finite, so that its difference to itself is 0
+_ABSENT = tl.constexpr(-1e30)  # a logit past the end of its row: a probability of 0 in every lane
 _LN2 = tl.constexpr(math.log(2.0))
 _LOG2E = tl.constexpr(1.0 / math.log(2.0))
 
@@ -45,10 +53,10 @@ def _tanh(x):
 
 
 @triton.jit
-def _step(top, value, mask):
-    # New running maximum of each lane, the factor for its old sums, and the new term of its normaliser
-    new = tl.maximum(top, tl.where(mask, value, _LOWEST))
-    return new, tl.exp2(top - new), tl.where(mask, tl.exp2(value - new), 0.0)
+def _step(top, value):
+    # New running maximum of each lane, the factor for its old sums, and the new terms of its normalizer
+    new = tl.maximum(top, tl.max(value, axis=1))
+    return new, tl.exp2(top - new), tl.exp2(value - new[:, None])
 
 
 @triton.jit
@@ -57,20 +65,18 @@ def _shift_of(top, SAFE: tl.constexpr):
 
 
 @triton.jit
-def _factor(s, t, shift_p, shift_q, inv_zp, inv_zq, odds, MODE: tl.constexpr):
-    # p, q and what the gradient weighs p with: log2(p / q) up to a constant, or log2(1 + beta q / ((1 - beta) p))
-    p = tl.exp2(s - shift_p) * inv_zp
-    q = tl.exp2(t - shift_q) * inv_zq
+def _factor(log_p, log_q, whole, odds, MODE: tl.constexpr):
+    # What the gradient weighs p with: log2(p / q) up to a constant, or log2(1 + beta q / ((1 - beta) p)). The ratio is
+    # one power of the difference of logits, where q / p would take two and a division.
     if MODE == 1:
-        factor = (s - shift_p) - (t - shift_q)
-    else:
-        factor = tl.log2(1.0 + odds * (q / p))
-    return p, q, factor
+        return log_p - log_q
+    return tl.log2(1.0 + odds * tl.exp2(log_q - log_p + whole))
 
 
 @triton.jit
-def _bounded(p, q, log_p, log_q, beta, kl_clip, mask, MODE: tl.constexpr):
-    # One entry's contribution in nats, bounded from above, and its slope in log p: zero where bounded
+def _bounded(log_p, log_q, beta, kl_clip, MODE: tl.constexpr):
+    # p, one entry's contribution in nats, bounded from above, and its slope in log p: zero where bounded
+    p, q = tl.exp2(log_p), tl.exp2(log_q)
     if MODE == 0:
         term = q * (log_q - log_p) * _LN2
         slope = -q
@@ -81,11 +87,21 @@ def _bounded(p, q, log_p, log_q, beta, kl_clip, mask, MODE: tl.constexpr):
         log_m = tl.log2(tl.maximum((1.0 - beta) * p + beta * q, 1.1754944e-38))
         slope = p * (log_p - log_m)
         term = (beta * q * (log_q - log_m) + (1.0 - beta) * slope) * _LN2
-    slope = tl.where(mask & (term <= kl_clip), slope, 0.0)
-    return tl.where(mask, tl.minimum(term, kl_clip), 0.0), slope
+    return p, tl.minimum(term, kl_clip), tl.where(term <= kl_clip, slope, 0.0)
 
 
-@triton.jit
+# Views of statistics start anywhere, and one entry per row gains nothing from alignment: no kernel of their own
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        "shift_ptr",
+        "per_token_ptr",
+        "student_entropy_ptr",
+        "target_entropy_ptr",
+        "kl_student_ptr",
+        "kl_base_ptr",
+        "saturation_ptr",
+    ]
+)
 def _divergence_kernel(
     s_ptr,
     t_ptr,
@@ -107,7 +123,7 @@ def _divergence_kernel(
     tilt_gain,
     beta,
     kl_clip,
-    MODE: tl.constexpr,  # 0 forward KL, 1 reverse KL, 2 generalised JSD
+    MODE: tl.constexpr,  # 0 forward KL, 1 reverse KL, 2 generalized JSD
     HAS_DELTA: tl.constexpr,
     HAS_CLIP: tl.constexpr,
     HAS_KL_BASE: tl.constexpr,
@@ -117,17 +133,20 @@ def _divergence_kernel(
     SAFE: tl.constexpr,
     FLOOR: tl.constexpr,
     BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     s_row, t_row = s_ptr + row * s_stride, t_ptr + row * t_stride
     d_row, g_row = d_ptr + row * d_stride, g_ptr + row * g_stride
-    lanes = tl.arange(0, BLOCK)
+    # A lane's four entries belong to one thread: neighbors where one load takes them all, else a quarter block apart
+    lane, entry = tl.arange(0, BLOCK // 4)[:, None], tl.arange(0, 4)[None, :]
+    lanes = 4 * lane + entry if ALIGNED else lane + BLOCK // 4 * entry
     delta_scale = tl.cast(delta_scale, tl.float32)
     tilt_gain = tl.cast(tilt_gain, tl.float32)
     beta = tl.cast(beta, tl.float32)
     kl_clip = tl.cast(kl_clip, tl.float32)
 
-    zero = tl.zeros([BLOCK], tl.float32)
+    zero = tl.zeros([BLOCK // 4], tl.float32)
     top_p, top_q, top_b = zero + _LOWEST, zero + _LOWEST, zero + _LOWEST
     sum_p, sum_q, sum_b = zero, zero, zero
     own_p, own_q, gap_q, tilt_q, saturated = zero, zero, zero, zero, zero
@@ -136,27 +155,27 @@ def _divergence_kernel(
     for start in range(0, n_cols, BLOCK):
         cols = start + lanes
         mask = cols < n_cols
-        s = tl.load(s_row + cols, mask=mask, other=0.0)
-        t = tl.load(t_row + cols, mask=mask, other=0.0)
+        s = tl.load(s_row + cols, mask=mask, other=_ABSENT)
+        t = tl.load(t_row + cols, mask=mask, other=_ABSENT)
         if HAS_DELTA:
-            top_b, rescale, e = _step(top_b, t, mask)
-            sum_b = sum_b * rescale + e
+            top_b, rescale, e = _step(top_b, t)
+            sum_b = sum_b * rescale + tl.sum(e, axis=1)
             x = tl.load(d_row + cols, mask=mask, other=0.0) * delta_scale - shift
             if HAS_CLIP:
                 if HAS_SATURATION:
-                    saturated += tl.where(mask & (tl.abs(x) > 1.0), 1.0, 0.0)
+                    saturated += tl.sum(tl.where(mask & (tl.abs(x) > 1.0), 1.0, 0.0), axis=1)
                 x = _tanh(x)
             t += x * tilt_gain
             tl.store(t_row + cols, t, mask=mask)
-        top_q, rescale, e = _step(top_q, t, mask)
-        sum_q = sum_q * rescale + e
-        own_q = own_q * rescale + e * t
-        gap_q = gap_q * rescale + e * (t - s)
+        top_q, rescale, e = _step(top_q, t)
+        sum_q = sum_q * rescale + tl.sum(e, axis=1)
+        own_q = own_q * rescale + tl.sum(e * t, axis=1)
+        gap_q = gap_q * rescale + tl.sum(e * (t - s), axis=1)
         if HAS_KL_BASE:
-            tilt_q = tilt_q * rescale + e * x
-        top_p, rescale, e = _step(top_p, s, mask)
-        sum_p = sum_p * rescale + e
-        own_p = own_p * rescale + e * s
+            tilt_q = tilt_q * rescale + tl.sum(e * x, axis=1)
+        top_p, rescale, e = _step(top_p, s)
+        sum_p = sum_p * rescale + tl.sum(e, axis=1)
+        own_p = own_p * rescale + tl.sum(e * s, axis=1)
 
     m_p, m_q = tl.max(top_p, axis=0), tl.max(top_q, axis=0)
     lane_p, lane_q = tl.exp2(top_p - m_p), tl.exp2(top_q - m_q)
@@ -177,19 +196,23 @@ def _divergence_kernel(
     shift_p, shift_q = _shift_of(m_p, SAFE), _shift_of(m_q, SAFE)
     inv_zp, inv_zq = tl.exp2(shift_p - m_p) / z_p, tl.exp2(shift_q - m_q) / z_q
     log_zp, log_zq = m_p - shift_p + tl.log2(z_p), m_q - shift_q + tl.log2(z_q)
-    odds = beta / (1.0 - beta) if MODE == 2 else 0.0
-    floor = m_p - FLOOR
+    floor = m_p - shift_p - FLOOR
+    # log2(q / p) of equal logits. In the ratio, its integer part goes exactly into the exponent, the rest into odds
+    between = (m_p - shift_p) - (m_q - shift_q)
+    norms = between + tl.log2(z_p / z_q)
+    whole = tl.floor(between + 0.5)
+    odds = beta / (1.0 - beta) * tl.exp2(between - whole) * (z_p / z_q) if MODE == 2 else 0.0
     mean = 0.0
     if HAS_KL_CLIP:
         total, slopes = zero, zero
         for start in range(0, n_cols, BLOCK):
             cols = start + lanes
             mask = cols < n_cols
-            log_p = tl.load(s_row + cols, mask=mask, other=0.0) - shift_p - log_zp
-            log_q = tl.load(t_row + cols, mask=mask, other=0.0) - shift_q - log_zq
-            term, slope = _bounded(tl.exp2(log_p), tl.exp2(log_q), log_p, log_q, beta, kl_clip, mask, MODE)
-            total += term
-            slopes += slope
+            log_p = tl.load(s_row + cols, mask=mask, other=_ABSENT) - shift_p - log_zp
+            log_q = tl.load(t_row + cols, mask=mask, other=_ABSENT) - shift_q - log_zq
+            _, term, slope = _bounded(log_p, log_q, beta, kl_clip, MODE)
+            total += tl.sum(term, axis=1)
+            slopes += tl.sum(slope, axis=1)
         mean = tl.sum(slopes, axis=0)
         tl.store(per_token_ptr + row, tl.sum(total, axis=0))
     elif MODE == 0:
@@ -199,20 +222,22 @@ def _divergence_kernel(
         for start in range(0, n_cols, BLOCK):
             cols = start + lanes
             mask = cols < n_cols
-            s = tl.load(s_row + cols, mask=mask, other=0.0)
-            t = tl.load(t_row + cols, mask=mask, other=0.0)
+            s = tl.load(s_row + cols, mask=mask, other=_ABSENT) - shift_p
+            t = tl.load(t_row + cols, mask=mask, other=_ABSENT) - shift_q
+            p = tl.exp2(s)
             if MODE == 2:
                 s = tl.maximum(s, floor)
-            p, q, factor = _factor(s, t, shift_p, shift_q, inv_zp, inv_zq, odds, MODE)
-            mean_p += tl.where(mask, p * factor, 0.0)
+                q = tl.exp2(t)
+                gap_q += tl.sum(q * (t - s), axis=1)
+            factor = _factor(s, t, whole, odds, MODE)
+            mean_p += tl.sum(p * factor, axis=1)
             if MODE == 2:
-                mean_q += tl.where(mask, q * factor, 0.0)
-                gap_q += tl.where(mask, q * (t - s), 0.0)
-        mean = tl.sum(mean_p, axis=0)
+                mean_q += tl.sum(q * factor, axis=1)
+        mean = tl.sum(mean_p, axis=0) * inv_zp
         if MODE == 1:
-            divergence = (mean - log_zp + log_zq) * _LN2
+            divergence = (mean - norms) * _LN2
         else:
-            kl_target = tl.sum(gap_q, axis=0) - (m_q - m_p) - tl.log2(z_q / z_p) - tl.sum(mean_q, axis=0)
+            kl_target = (tl.sum(gap_q, axis=0) - tl.sum(mean_q, axis=0)) * inv_zq + norms
             divergence = (beta * kl_target - (1.0 - beta) * mean - tl.log2(1.0 - beta)) * _LN2
         tl.store(per_token_ptr + row, divergence)
 
@@ -220,37 +245,34 @@ def _divergence_kernel(
         for start in range(0, n_cols, BLOCK):
             cols = start + lanes
             mask = cols < n_cols
-            s = tl.load(s_row + cols, mask=mask, other=0.0)
-            t = tl.load(t_row + cols, mask=mask, other=0.0)
+            s = tl.load(s_row + cols, mask=mask, other=_ABSENT) - shift_p
+            t = tl.load(t_row + cols, mask=mask, other=_ABSENT) - shift_q
             if HAS_KL_CLIP:
-                log_p, log_q = s - shift_p - log_zp, t - shift_q - log_zq
-                p = tl.exp2(log_p)
-                _, slope = _bounded(p, tl.exp2(log_q), log_p, log_q, beta, kl_clip, mask, MODE)
+                p, _, slope = _bounded(s - log_zp, t - log_zq, beta, kl_clip, MODE)
                 grad = slope - p * mean
             elif MODE == 0:
-                grad = tl.exp2(s - shift_p) * inv_zp - tl.exp2(t - shift_q) * inv_zq
+                grad = tl.exp2(s) * inv_zp - tl.exp2(t) * inv_zq
             else:
+                p = tl.exp2(s) * inv_zp
                 if MODE == 2:
                     s = tl.maximum(s, floor)
-                p, _, factor = _factor(s, t, shift_p, shift_q, inv_zp, inv_zq, odds, MODE)
-                grad = p * (factor - mean)
+                grad = p * (_factor(s, t, whole, odds, MODE) - mean)
             tl.store(g_row + cols, grad.to(g_ptr.dtype.element_ty), mask=mask)
 
 
-def divergence_rows(
+def launch(
     student: Tensor,  # [n, V] base-2; overwritten by the gradient
     target: Tensor,  # [n, V] base-2; the base's logits where `delta` is given; overwritten
     delta: Tensor | None,  # [n, V] base-2, teacher minus reference-only
-    shift: Tensor | None,  # [n] base-2, what centring subtracts from `delta`
+    shift: Tensor | None,  # [n] base-2, what centering subtracts from `delta`
     settings: LossSettings,
     stats: RowStats,  # [n] each, written
     grad: Tensor | None,  # [n, V], where the gradient goes: `student` itself or a tensor of another dtype
-) -> None:
-    """Divergence, gradient and metrics, row by row; see `kernels.rows.divergence_rows`."""
-    n, vocab = student.shape
-    if n == 0:
-        return
-    _divergence_kernel[(n,)](
+) -> tuple[list[Tensor | int | float], dict[str, Any]]:
+    """Arguments of the kernel for one chunk, and its compile-time constants and options."""
+    vocab = student.shape[1]
+    strides = [0 if x is None else x.stride(0) for x in (student, target, delta, grad)]
+    pointers = [
         student,
         target,
         student if delta is None else delta,
@@ -262,24 +284,39 @@ def divergence_rows(
         stats.kl_target_student,
         stats.per_token if stats.kl_target_base is None else stats.kl_target_base,
         stats.per_token if stats.clip_saturation is None else stats.clip_saturation,
-        student.stride(0),
-        target.stride(0),
-        0 if delta is None else delta.stride(0),
-        0 if grad is None else grad.stride(0),
-        vocab,
-        settings.delta_scale,
-        settings.tilt_gain,
-        settings.beta,
-        0.0 if settings.kl_clip is None else settings.kl_clip,
-        MODE=0 if settings.beta == 0.0 else 1 if settings.beta == 1.0 else 2,
-        HAS_DELTA=delta is not None,
-        HAS_CLIP=settings.pmi_clip is not None,
-        HAS_KL_BASE=delta is not None and stats.kl_target_base is not None,
-        HAS_SATURATION=delta is not None and stats.clip_saturation is not None,
-        HAS_KL_CLIP=settings.kl_clip is not None,
-        HAS_GRAD=grad is not None,
-        SAFE=SAFE,
-        FLOOR=FLOOR,
-        BLOCK=min(_BLOCK, triton.next_power_of_2(vocab)),
-        num_warps=8,
-    )
+    ]
+    # An integer would be compiled into a kernel of its own
+    kl_clip = 0.0 if settings.kl_clip is None else settings.kl_clip
+    scalars = [float(x) for x in (settings.delta_scale, settings.tilt_gain, settings.beta, kl_clip)]
+    options = {
+        "MODE": 0 if settings.beta == 0.0 else 1 if settings.beta == 1.0 else 2,
+        "HAS_DELTA": delta is not None,
+        "HAS_CLIP": delta is not None and settings.pmi_clip is not None,
+        "HAS_KL_BASE": delta is not None and stats.kl_target_base is not None,
+        "HAS_SATURATION": delta is not None and stats.clip_saturation is not None,
+        "HAS_KL_CLIP": settings.kl_clip is not None,
+        "HAS_GRAD": grad is not None,
+        "ALIGNED": all(x % 16 == 0 for x in (vocab, *strides)),
+        "SAFE": SAFE,
+        "FLOOR": FLOOR,
+        "BLOCK": _BLOCK,
+        "num_warps": _THREADS // (32 if torch.version.hip is None else 64),
+    }
+    return [*pointers, *strides, vocab, *scalars], options
+
+
+def divergence_rows(
+    student: Tensor,
+    target: Tensor,
+    delta: Tensor | None,
+    shift: Tensor | None,
+    settings: LossSettings,
+    stats: RowStats,
+    grad: Tensor | None,
+) -> None:
+    """Divergence, gradient and metrics, row by row; see `launch` for the shapes and `kernels.rows.divergence_rows`."""
+    if student.dtype == torch.float64:  # the kernel accumulates in fp32
+        torch_divergence_rows(student, target, delta, shift, settings, stats, grad)
+    elif len(student):
+        arguments, options = launch(student, target, delta, shift, settings, stats, grad)
+        _divergence_kernel[(len(student),)](*arguments, **options)
