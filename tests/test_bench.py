@@ -221,7 +221,8 @@ def test_peak_memory_of_the_process() -> None:
     torch.ones(256 * 2**20, dtype=torch.uint8)  # an earlier peak, which is not the context's
     with PeakMemory(CPU) as memory:
         torch.ones(64 * 2**20, dtype=torch.uint8)  # freed before the context ends
-    assert memory.bytes is not None and 60 <= memory.bytes / 2**20 <= 80
+    # Linux counts resident pages per processor and adds them up in batches, which grow with the number of processors
+    assert memory.bytes is not None and 32 <= memory.bytes / 2**20 <= 128
 
 
 def test_peak_memory_where_the_platform_cannot_tell(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The lab: its task by hand, its stale sampler, and a convergence test with the package's own trainer."""
 
 import random
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from purified_opsd_trl import PurifiedOPSDConfig
-from recipes.lab.figure import draw, spread, table
-from recipes.lab.run import Run, distil, save
+from recipes.lab.figure import COLOURS, COLUMNS, NAMES, PANELS, draw, spread, table
+from recipes.lab.run import Run, distil
 from recipes.lab.stale import StaleRolloutTrainer
 from recipes.lab.targets import expectations
 from recipes.lab.task import Counts, Habits, Problem, count, sample_problem, write_response
@@ -172,11 +173,37 @@ def test_purified_keeps_accuracy_and_waits_where_opsd_loses_them(results: dict[s
     assert purified["accuracy"] > before["accuracy"] + 0.1  # 0.43, 0.13 and 0.73 where this was written
 
 
-@pytest.mark.slow
-def test_table_and_figure_of_a_run(results: dict[str, dict[str, Any]], tmp_path: Path) -> None:
-    for target, result in results.items():
-        save(result, tmp_path / f"{target}.json")
-    rows = table(list(results.values())).splitlines()
-    assert [row.split(" | ")[1] for row in rows[2:]] == ["base", "OPSD", "purified OPSD"]
-    draw(list(results.values()), tmp_path / "lab.png")
-    assert (tmp_path / "lab.png").stat().st_size > 10_000
+def point(step: int, rate: float) -> dict[str, Any]:
+    """A point of a curve whose sampled rates are all `rate`, and the greedy ones 0.1 more."""
+    rates = {key: rate for _, _, key, _ in COLUMNS}
+    return {"step": step, "sampled": rates, "greedy": {key: rate + 0.1 for key in rates}}
+
+
+def test_table_and_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = {"teacher": (0.1, 0.3), "purified": (0.7, 0.5)}  # of two runs; the base is at 0.4
+    results = [
+        {"run": asdict(Run(target=target, repeat=repeat)), "curve": [point(0, 0.4), point(25, end)]}
+        for target, values in ends.items()
+        for repeat, end in enumerate(values)
+    ]
+    rows = [row.strip("| ").split(" | ") for row in table(results).splitlines()[2:]]
+    assert [row[1:5] for row in rows] == [
+        ["base", "1 x 1", "0.400", "0.500"],
+        ["OPSD", "1 x 2", "0.200 ± 0.141", "0.300 ± 0.141"],
+        ["purified OPSD", "1 x 2", "0.600 ± 0.141", "0.700 ± 0.141"],
+    ]
+
+    plt = pytest.importorskip("matplotlib.pyplot", reason="the extra `plot` is not installed")
+    figures: list[Any] = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    draw(results, tmp_path / "lab.png")
+    for axis, (decoding, _, title) in zip(figures[0].axes, PANELS, strict=True):
+        above = 0.1 if decoding == "greedy" else 0.0
+        assert axis.get_title() == title
+        lines = {line.get_label(): line.get_ydata() for line in axis.lines}
+        assert lines[NAMES["base"]] == pytest.approx([0.4 + above] * 2)
+        assert lines[NAMES["teacher"]] == pytest.approx([0.4 + above, 0.2 + above])
+        assert lines[NAMES["purified"]] == pytest.approx([0.4 + above, 0.6 + above])
+    pixels = (255 * plt.imread(tmp_path / "lab.png")[..., :3]).round().astype(int)
+    for colour in (COLOURS["teacher"], COLOURS["purified"]):  # the file shows both curves, three pixels wide
+        assert (pixels == [int(colour[i : i + 2], 16) for i in (1, 3, 5)]).all(-1).any()

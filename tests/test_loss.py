@@ -428,6 +428,7 @@ def test_autocast_changes_nothing_on_a_cpu() -> None:
     plain, gradients = fused_loss(case, LossSettings())
     with torch.autocast("cpu", torch.bfloat16):
         cast, cast_gradients = fused_loss(case, LossSettings())
+    # autocast is left before the first product, so the operations are the same
     assert torch.equal(plain.per_token, cast.per_token)
     assert all(torch.equal(a, b) for a, b in zip(gradients, cast_gradients, strict=True) if a is not None)
     with torch.autocast("cpu", torch.bfloat16):  # a student's norm may come out in bf16 while its weights stay fp32

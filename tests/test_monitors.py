@@ -68,7 +68,7 @@ def test_known_cases_come_out_exact() -> None:
         assert torch.allclose(getattr(stats, f"{kind}norm_ratio_ref"), torch.ones(4))
         # The teacher does not heed the reference: no signal, and its two parts cancel
         stats, parts = decomposition_stats(student, student, other)
-        assert torch.equal(parts.ref, -parts.it)
+        assert torch.equal(parts.ref, -parts.it)  # a - b and b - a, of the same two tensors
         for name in STATISTICS:
             assert torch.equal(getattr(stats, name), torch.zeros(4))
         # The probe is the student: the whole signal is transferable
@@ -192,6 +192,7 @@ def test_monitoring_changes_no_training(build: Build) -> None:  # noqa: F811
         trainer = build(lora=True, decomposition_steps=steps, max_steps=3)
         trainer.train()
         weights.append({n: p.clone() for n, p in trainer.model.named_parameters()})
+    # the same operations on the same shapes: the monitor adds some, and draws from a generator of its own
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 

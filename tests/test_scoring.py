@@ -9,6 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from purified_opsd_trl import PurifiedOPSDConfig, PurifiedOPSDTrainer
@@ -123,9 +124,43 @@ def test_scoring_leaves_mode_adapter_and_gradients_alone(trainer: PurifiedOPSDTr
     assert not any(hidden.requires_grad for hidden in scores.hidden.values())
 
 
-def test_scores_can_be_kept_in_host_memory(trainer: PurifiedOPSDTrainer) -> None:
-    trainer.args.offload_scores = True
-    assert {h.device.type for h in trainer.scoring_callback.score(PROMPTS, COMPLETIONS).hidden.values()} == {"cpu"}
+CUDA = torch.device("cuda", 0)
+
+
+class OnCuda(torch.Tensor):
+    """A tensor that would be on the accelerator."""
+
+
+class PlayedCuda(TorchFunctionMode):
+    """Runs on the CPU what is asked of an accelerator that this machine lacks, and keeps track of what is where."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func == torch.Tensor.device.__get__ and isinstance(args[0], OnCuda):
+            return CUDA
+        where = kwargs.get("device") or next((x for x in args[1:] if isinstance(x, torch.device)), None)
+        if where is None:
+            return func(*args, **kwargs)
+        args = ["cpu" if isinstance(x, torch.device) else x for x in args]
+        result = func(*args, **{**kwargs, **({"device": "cpu"} if "device" in kwargs else {})})
+        with torch._C.DisableTorchFunctionSubclass():
+            return result.as_subclass(OnCuda if torch.device(where) == CUDA else torch.Tensor)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_scores_stay_on_the_accelerator_or_go_to_host_memory(
+    trainer: PurifiedOPSDTrainer, offload: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = trainer.scoring_callback.score(PROMPTS, COMPLETIONS).hidden
+    trainer.args.offload_scores = offload
+    monkeypatch.setattr(trainer.accelerator.state, "device", CUDA)
+    with PlayedCuda():
+        scores = trainer.scoring_callback.score(PROMPTS, COMPLETIONS)
+        devices = {name: states.device.type for name, states in scores.hidden.items()}
+        assert scores.completion_mask.device.type == ("cpu" if offload else "cuda")
+    assert devices == dict.fromkeys(PROMPTS, "cpu" if offload else "cuda")
+    for name, states in scores.hidden.items():  # the same operations on the same shapes
+        assert torch.equal(states.as_subclass(torch.Tensor), expected[name])
 
 
 # Prefixes shared by teacher and reference-only probe -----------------------------------------------------------------

@@ -103,7 +103,7 @@ def launches() -> Iterator[tuple[Variant, tuple[Any, ...]]]:
             beta=beta,
             pmi_clip=pmi_clip,
             kl_clip=kl_clip,
-            chunk_size=3,
+            loss_chunk_size=3,
         )
         custom = (lambda teacher, reference_only, base: teacher) if target == "custom" else None
         operand = torch.float32 if dtype is None else dtype

@@ -152,6 +152,7 @@ STATE = ("weights", "optimizer_state", "ema", "rng", "lr")
 
 
 def assert_same_state(world: World, one: str, two: str) -> None:
+    """Bit for bit: as many processes, the same operations on the same shapes, and sums of two, in whatever order."""
     for before, after in zip(world.figures(one), world.figures(two), strict=True):
         for name in STATE:
             assert after[name] == before[name], name

@@ -90,7 +90,7 @@ def test_the_ema_teacher_scores_with_the_average(build: Build, lora: bool, rate:
     # away from the student, which moved on, unless it is copied each time
     name = next(iter(average))
     moved = (average[name] - recorder.weights[-1][name]).abs().max()
-    assert moved == 0 if rate == 1.0 else moved > 1e-4
+    assert moved == 0 if rate == 1.0 else moved > 1e-4  # 0 a + 1 w is w
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
@@ -101,6 +101,7 @@ def test_scoring_with_the_average_leaves_the_student_alone(build: Build, lora: b
     flags = {name: parameter.requires_grad for name, parameter in trainer.model.named_parameters()}
     trainer.scoring_callback.score(PROMPTS, COMPLETIONS)
     for name, parameter in trainer.model.named_parameters():
+        # a copy put back
         assert torch.equal(parameter, before[name]) and parameter.requires_grad == flags[name], name
 
 
@@ -124,7 +125,9 @@ def test_the_average_is_kept_in_fp32(build: Build) -> None:
     expected = start[name] + (1 - 0.99**50) * (student - start[name])
     torch.testing.assert_close(callback.averages[name], expected, rtol=1e-5, atol=1e-6)
     teacher = trainer.scoring_callback.teacher_model.get_input_embeddings().weight
-    assert torch.equal(teacher, expected.bfloat16()) and not torch.equal(teacher, start[name].bfloat16())
+    # rounded from the average itself: `expected` may be on the other side of a rounding boundary
+    assert torch.equal(teacher, callback.averages[name].bfloat16())
+    assert not torch.equal(teacher, start[name].bfloat16())
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
