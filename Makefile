@@ -51,7 +51,7 @@ demo: .venv/.demo-installed
 lab: .venv/.lab-installed
 	$(BIN)/python -m recipes.lab.grid $(ARGS)
 
-# Two workers, a file at a time: most tests compute on one thread
+# Two workers, one file at a time: most tests compute on one thread
 test: .venv/.dev-installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
