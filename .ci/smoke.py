@@ -64,7 +64,7 @@ def main() -> None:
     assert all(hasattr(purified_opsd_trl, name) for name in purified_opsd_trl.__all__)
     version = command("--version").strip()
     overview = command("--help")
-    for name in ("train", "diagnose", "evaluate", "bench"):
+    for name in ("train", "diagnose", "evaluate", "bench", "env"):
         assert name in overview and "--help" in command(name, "--help"), name
     write_model(Path("model"))
     rows = [{"problem": f"What is {i} + 1?", "solution": f"It is {i + 1}."} for i in range(4)]

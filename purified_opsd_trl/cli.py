@@ -1,4 +1,4 @@
-"""The `purified-opsd` command: `train`, `diagnose`, `evaluate` and `bench`."""
+"""The `purified-opsd` command: `train`, `diagnose`, `evaluate`, `bench` and `env`."""
 
 import argparse
 import importlib.metadata
@@ -16,6 +16,7 @@ _COMMANDS = {
     "diagnose": "show what a teacher's signal consists of, without training",
     "evaluate": "sample and grade models on benchmarks, or compare results",
     "bench": "time the loss or a whole step against its peers",
+    "env": "print what a bug report needs",
 }
 
 
@@ -92,6 +93,12 @@ def _bench(argv: list[str]) -> int:
     return bench(argv)
 
 
+def _env(argv: list[str]) -> int:
+    from .env import main as env
+
+    return env(argv)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """
     Runs a subcommand.
@@ -111,7 +118,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     command = parser.parse_known_args(argv[:1])[0].command  # a subcommand parses its own arguments
     try:
-        return {"train": _train, "diagnose": _diagnose, "evaluate": _evaluate, "bench": _bench}[command](argv[1:])
+        return {"train": _train, "diagnose": _diagnose, "evaluate": _evaluate, "bench": _bench, "env": _env}[command](
+            argv[1:]
+        )
     except (InputError, ImportError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -38,6 +38,7 @@ from transformers import (  # noqa: E402
 
 
 FIXTURES = Path(__file__).parent / "fixtures"
+THREADS = int(os.environ.get("TEST_THREADS", "1"))  # of torch in this process; `.ci/numerics` runs with 1 and with 2
 
 SPECIAL_TOKENS = (
     "<pad>",  # 256
@@ -162,15 +163,19 @@ def build_model(
     return model.eval()
 
 
+def pytest_report_header() -> str:
+    return f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, threads: {THREADS}"
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     set_seed(0)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> Iterator[None]:
+def _threads() -> Iterator[None]:
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     yield
     torch.set_num_threads(threads)
 
