@@ -11,7 +11,7 @@
 #   MODEL_PATH   local copy of the model's weights
 #   OUTPUT       folder to write to (outputs)
 #   TRAIN_ARGS   more arguments of `purified-opsd train`, e.g. "--multi_gpu --num_processes 8 --gradient_accumulation_steps 1"
-#   EVAL_ARGS    more arguments of `purified-opsd evaluate`, e.g. "--tensor_parallel_size 8"
+#   EVAL_ARGS    more arguments of `purified-opsd evaluate`, e.g. "--vllm_tensor_parallel_size 8"
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -59,9 +59,9 @@ done
 
 thinking=template # R1-Distill and Olmo-3-Think always think, Qwen3 has a switch
 [[ $model != Qwen3* ]] || thinking=on
-run purified-opsd evaluate --model "$weights" \
+run purified-opsd evaluate --model_name_or_path "$weights" \
     --checkpoints "$output/$model-opsd-$data" "$output/$model-purified-$data" \
-    --benchmarks aime24,aime25,hmmt25 --num_samples 12 --thinking $thinking --output_dir "$evaluation" "${eval_args[@]}"
+    --benchmarks aime24 aime25 hmmt25 --num_generations 12 --thinking $thinking --output_dir "$evaluation" "${eval_args[@]}"
 
 # The paper shows the best checkpoint of each run; all are shown here, since the best of four on the test set flatters
 results=("$evaluation/$(basename "$weights")/results.json")

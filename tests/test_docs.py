@@ -121,8 +121,10 @@ def _purified_opsd(words: list[str]) -> None:
         _train(rest)
     elif command == "bench":
         importlib.import_module(f"purified_opsd_trl.bench.{rest[0]}").make_parser().parse_args(rest[1:])
+    elif command == "evaluate":
+        evaluate.make_parser().parse(rest)
     else:
-        {"diagnose": diagnose.run, "evaluate": evaluate.arguments}[command].make_parser().parse_args(rest)
+        diagnose.run.make_parser().parse_args(rest)
 
 
 def _accelerate(words: list[str]) -> None:

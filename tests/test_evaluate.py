@@ -26,9 +26,10 @@ from purified_opsd_trl.evaluate.benchmarks import PRESETS, load_benchmark, load_
 from purified_opsd_trl.evaluate.compare import compare, load_results, markdown
 from purified_opsd_trl.evaluate.metrics import average, bootstrap_interval, majority, mean_of_means, pass_at_k
 from purified_opsd_trl.evaluate.paper import paper_rows
-from purified_opsd_trl.evaluate.run import Prompter, find_targets
+from purified_opsd_trl.evaluate.run import Prompter
 from purified_opsd_trl.evaluate.store import SampleStore
-from purified_opsd_trl.evaluate.summary import summarise
+from purified_opsd_trl.evaluate.summary import summarize
+from purified_opsd_trl.evaluate.targets import find_targets
 
 
 math_verify = pytest.importorskip("math_verify", reason="the extra `eval` is not installed")
@@ -115,7 +116,7 @@ def test_the_summary_equals_the_computation_by_hand(tmp_path: Path) -> None:
         record("y", 1, tokens=100),
         record("y", 2, tokens=9999),  # a sample more than asked for
     ]
-    summary = summarise(records, [load_benchmark(str(path))], 2, ["wait"], seed=0)
+    summary = summarize(records, [load_benchmark(str(path))], 2, ["wait"], seed=0)
     b = summary["benchmarks"]["b"]
     assert b["avg@2"]["mean"] == 0.75 and b["pass@1"]["mean"] == 0.75 and b["pass@2"]["mean"] == 1.0
     assert b["maj@2"]["mean"] == 1.0
@@ -176,7 +177,7 @@ def test_bad_benchmarks_are_refused(tmp_path: Path, text: str, message: str) -> 
 def test_unknown_benchmarks_name_the_presets() -> None:
     with pytest.raises(InputError, match="no preset `aime26`. Presets are aime24, aime25, hmmt25"):
         load_benchmark("aime26")
-    assert all(preset.licence for preset in PRESETS.values())
+    assert all(preset.license for preset in PRESETS.values())
 
 
 def test_only_newlines_end_a_line(tmp_path: Path) -> None:
@@ -252,8 +253,8 @@ def problems(tmp_path: Path) -> str:
 @pytest.fixture
 def flags(model_dir: Path, problems: str, tmp_path: Path) -> Iterator[list[str]]:
     yield (
-        f"evaluate --model {model_dir} --benchmarks {problems} --output_dir {tmp_path / 'out'} --num_samples 3 "
-        "--max_new_tokens 12 --batch_size 4 --backend transformers --dtype float32"
+        f"evaluate --model_name_or_path {model_dir} --benchmarks {problems} --output_dir {tmp_path / 'out'} --num_generations 3 "
+        "--max_completion_length 12 --batch_size 4 --backend transformers --dtype float32"
     ).split()
 
 
@@ -279,7 +280,7 @@ def test_the_command_writes_samples_and_results(
     before = (folder / "samples.jsonl").read_bytes()
     assert cli.main(flags) == 0
     assert (folder / "samples.jsonl").read_bytes() == before
-    flags[flags.index("--num_samples") + 1] = "4"
+    flags[flags.index("--num_generations") + 1] = "4"
     assert cli.main(flags) == 0
     assert (folder / "samples.jsonl").read_bytes().startswith(before)
     assert len(read_samples(folder)) == 16
@@ -297,7 +298,7 @@ def test_samples_of_other_problems_are_not_taken_over(
     Path(problems).write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert cli.main(flags) == 2
     error = capsys.readouterr().err
-    assert "samples of another problem '2' of `sums`" in error and "another `--output_dir`" in error
+    assert "samples of another problem '2' of `sums`" in error and "another `output_dir`" in error
     assert cli.main([*flags, "--limit", "2"]) == 0  # the problem is not asked for
     assert samples.read_bytes() == before
     # Samples of a version that did not write the hash
@@ -446,15 +447,14 @@ def test_several_checkpoints_in_one_call(flags: list[str], make_model: Callable[
         (run / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"global_step": step}))
     flags += ["--checkpoints", str(run), "--temperature", "0"]
     assert cli.main(flags) == 0
-    folders = sorted(p.name for p in (tmp_path / "out").iterdir())
+    folders = sorted(p.name for p in (tmp_path / "out").iterdir() if p.is_dir())
     assert [f for f in folders if f.startswith("run-")] == ["run-checkpoint-10", "run-checkpoint-5"]
     texts = {
         tuple(s["completion"] for s in sorted(read_samples(tmp_path / "out" / f), key=lambda s: s["problem_id"]))
         for f in folders
     }
     assert len(texts) == 3  # base and both adapters answer differently
-    args = EvaluateArguments(model="m", benchmarks=["b"], checkpoints=[str(run)])
-    assert [t.label for t in find_targets(args)] == ["m", "run-checkpoint-5", "run-checkpoint-10"]
+    assert [t.label for t in find_targets("m", checkpoints=[str(run)])] == ["m", "run-checkpoint-5", "run-checkpoint-10"]
 
 
 def test_only_whole_checkpoints_are_evaluated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -466,22 +466,20 @@ def test_only_whole_checkpoints_are_evaluated(tmp_path: Path, capsys: pytest.Cap
         return str(folder)
 
     def labels(folder: Path | str) -> list[str]:
-        args = EvaluateArguments(model="m", benchmarks=["b"], checkpoints=[str(folder)])
-        return [target.label for target in find_targets(args)][1:]
+        return [target.label for target in find_targets("m", checkpoints=[str(folder)])][1:]
 
     run = tmp_path / "run"
     whole = '{"global_step": 1}'
     for name, state in (("20", whole), ("3", whole), ("40", None), ("30", '{"glob'), ("best", whole)):
         checkpoint(run / f"checkpoint-{name}", state)
     assert labels(run) == ["run-checkpoint-3", "run-checkpoint-20"]
-    assert "Passing over checkpoint-30, checkpoint-40" in capsys.readouterr().out
-    assert labels(run / "checkpoint-20") == ["checkpoint-20"] and labels(run / "checkpoint-best") == [
-        "checkpoint-best"
-    ]
+    assert "Skipping checkpoint-30, checkpoint-40" in capsys.readouterr().out
+    assert labels(run / "checkpoint-20") == ["run-checkpoint-20"]  # as in the whole run
+    assert labels(run / "checkpoint-best") == ["run-checkpoint-best"]
     assert labels(checkpoint(tmp_path / "final", None)) == ["final"]
     killed = checkpoint(tmp_path / "killed" / "checkpoint-7", None)
     for folder in (killed, tmp_path / "killed", run / "checkpoint-30"):
-        with pytest.raises(InputError, match="was not written to its end .checkpoint-"):
+        with pytest.raises(InputError, match="is incomplete .checkpoint-"):
             labels(folder)
 
 
@@ -529,7 +527,7 @@ def test_thinking_mode_reaches_the_template(make_tokenizer: Any) -> None:
     tokenizer = make_tokenizer("qwen3")
     texts = {}
     for mode in ("on", "off"):
-        args = EvaluateArguments(model="m", benchmarks=["b"], thinking=mode)
+        args = EvaluateArguments(model_name_or_path="m", benchmarks=["b"], thinking=mode)
         texts[mode] = Prompter(tokenizer, args).text(problem)
     assert texts["off"].endswith("<think>\n\n</think>\n\n") and not texts["on"].endswith("</think>\n\n")
 
@@ -542,9 +540,9 @@ def load_benchmark_from(text: str) -> Any:
 
 def test_a_base_model_needs_the_flag_for_plain_text(make_tokenizer: Any) -> None:
     tokenizer = make_tokenizer(None)
-    with pytest.raises(InputError, match="has no chat template.*--no_chat_template"):
-        Prompter(tokenizer, EvaluateArguments(model="m", benchmarks=["b"]))
-    plain = Prompter(tokenizer, EvaluateArguments(model="m", benchmarks=["b"], no_chat_template=True))
+    with pytest.raises(InputError, match="has no chat template.*set `text_prompts`"):
+        Prompter(tokenizer, EvaluateArguments(model_name_or_path="m", benchmarks=["b"]))
+    plain = Prompter(tokenizer, EvaluateArguments(model_name_or_path="m", benchmarks=["b"], text_prompts=True))
     assert plain.text(load_benchmark_from("x")).startswith("x\n\nPlease")
 
 
@@ -584,7 +582,7 @@ def test_the_table_shows_the_paper_where_the_model_matches() -> None:
     text = markdown(compare([results("base", [0.5, 1.0]), results("new", [1.0, 1.0], temperature=1.0)]))
     assert "| *paper: purified, DASD-10K* | 79.4 |" in text
     assert "| new | 100.0 [100.0, 100.0]<br>+25.0 [+0.0, +50.0] |" in text
-    assert "Not alike: `temperature` (base: 0.6, new: 1.0)" in text
+    assert "Different settings: `temperature` (base: 0.6, new: 1.0)" in text
     retrained = compare([results("base", [0.5, 1.0]), results("new", [1.0, 1.0], adapter="a", adapter_weights="b")])
     assert retrained["settings_that_differ"] == {}
     assert paper_rows("SmolLM2", ["aime24"]) == {}
@@ -618,7 +616,7 @@ def test_results_on_other_problems_of_the_same_names_are_refused(tmp_path: Path)
     with pytest.raises(InputError, match="not evaluated on the same problems"):
         load_results([str(tmp_path / "a.json"), str(tmp_path / "b.json")])
     assert len(load_results([str(tmp_path / "a.json"), str(tmp_path / "old.json")])) == 2
-    with pytest.raises(InputError, match="two result files at least"):
+    with pytest.raises(InputError, match="at least two results"):
         load_results([str(tmp_path / "a.json")])
     with pytest.raises(InputError, match="no file"):
         load_results([str(tmp_path / "c.json")])
@@ -627,11 +625,11 @@ def test_results_on_other_problems_of_the_same_names_are_refused(tmp_path: Path)
 @pytest.mark.parametrize(
     ("flags_", "message"),
     [
-        ("--benchmarks aime24", "`--model` is missing"),
-        ("--model m", "`benchmarks` names none"),
-        ("--model m --benchmarks x.jsonl --num_samples 0", "`num_samples` must be at least 1"),
-        ("--model m --benchmarks x.jsonl --prompt_template hello", "must hold {problem}"),
-        ("--model m --benchmarks x.jsonl --checkpoints /nowhere", "holds neither a model"),
+        ("--benchmarks aime24", "`model_name_or_path` is missing"),
+        ("--model_name_or_path m", "`benchmarks` names none"),
+        ("--model_name_or_path m --benchmarks x.jsonl --num_generations 0", "`num_generations` must be at least 1"),
+        ("--model_name_or_path m --benchmarks x.jsonl --prompt_template hello", "must hold {problem}"),
+        ("--model_name_or_path m --benchmarks x.jsonl --checkpoints /nowhere", "holds neither a model"),
     ],
 )
 def test_bad_arguments_are_one_line(flags_: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

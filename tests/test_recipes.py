@@ -372,7 +372,7 @@ def test_what_reproduce_would_run_parses(
         DATASET="some/data",
         OUTPUT=str(tmp_path),
         TRAIN_ARGS="--multi_gpu --num_processes 8 --gradient_accumulation_steps 1",
-        EVAL_ARGS="--tensor_parallel_size 8",
+        EVAL_ARGS="--vllm_tensor_parallel_size 8",
     )
     assert result.returncode == 0, result.stderr
     build_line, opsd, purified, evaluate, compare = map(shlex.split, result.stdout.splitlines())
@@ -386,13 +386,11 @@ def test_what_reproduce_would_run_parses(
         assert script.dataset_name == build_line[build_line.index("--output") + 1]
         outputs.append(training.output_dir)
     assert evaluate[:2] == compare[:2] == ["purified-opsd", "evaluate"]
-    args, _, _ = parse_evaluate(evaluate[2:])
-    assert args is not None
-    assert (args.model, args.checkpoints, args.benchmarks) == (MODELS[model][0], outputs, BENCHMARKS)
-    assert (args.num_samples, args.tensor_parallel_size) == (12, 8)
+    args = parse_evaluate(evaluate[2:])
+    assert (args.model_name_or_path, args.checkpoints, args.benchmarks) == (MODELS[model][0], outputs, BENCHMARKS)
+    assert (args.num_generations, args.vllm_tensor_parallel_size) == (12, 8)
     assert args.thinking == ("on" if model.startswith("Qwen3") else "template")
-    none, compared, _ = parse_evaluate(compare[2:])
-    assert none is None
+    compared = parse_evaluate(compare[2:]).compare
     assert compared[0] == f"{args.output_dir}/{model}/results.json"
     runs = [f"{args.output_dir}/{Path(output).name}-checkpoint-*/results.json" for output in outputs]
     assert compared[1:] == runs
@@ -412,7 +410,7 @@ def test_reproduce_goes_on_where_it_stopped(tmp_path: Path, written: str, resume
     train, evaluate, compare = map(shlex.split, result.stdout.splitlines())
     _, training, _, _ = parse(train[2:])
     assert (training.target, training.resume_from_checkpoint) == ("purified", resumes)
-    assert evaluate[2] == "--model" and compare[2] == "--compare"
+    assert evaluate[2] == "--model_name_or_path" and compare[2] == "--compare"
 
 
 @pytest.mark.slow
@@ -433,7 +431,7 @@ def test_reproduce_from_data_to_comparison(make_model_dir: Callable[..., Path], 
         OUTPUT=str(tmp_path / "outputs"),
         MODEL_PATH=str(folder),
         TRAIN_ARGS=train_args,
-        EVAL_ARGS=f"--benchmarks {problems} --num_samples 2 --max_new_tokens 8 --backend transformers",
+        EVAL_ARGS=f"--benchmarks {problems} --num_generations 2 --max_completion_length 8 --backend transformers",
     )
     assert result.returncode == 0, result.stderr
     evaluation = tmp_path / "outputs" / "Qwen3-0.6B-dasd-evaluation"

@@ -19,9 +19,8 @@ from trl import DatasetMixtureConfig
 from ..config import DEFAULT_REFERENCE_PROMPT_TEMPLATE, DEFAULT_TEACHER_PROMPT_TEMPLATE
 from ..contexts import Contexts, build_contexts
 from ..errors import InputError
-from ..evaluate.arguments import EvaluateArguments
 from ..evaluate.backends import TransformersBackend
-from ..evaluate.run import find_targets
+from ..evaluate.targets import find_targets
 from ..extras import require_extra
 from ..loading import PurifiedOPSDScriptArguments, load_splits, map_columns, pick_split
 from ..markers import DEFAULT_MARKERS
@@ -127,9 +126,7 @@ def diagnose(args: argparse.Namespace) -> dict[str, Any]:
             raise InputError(f"`--{name}` must be at least 1, got {getattr(args, name)}.")
     if not args.temperature > 0:
         raise InputError(f"`--temperature` must be positive, got {args.temperature}.")
-    targets = find_targets(
-        EvaluateArguments(model=args.model, benchmarks=["-"], adapter=args.adapter, checkpoints=args.checkpoints)
-    )
+    targets = find_targets(args.model, args.adapter, args.checkpoints)
     contexts = load_contexts(args)
     settings = Settings(
         temperature=args.temperature,

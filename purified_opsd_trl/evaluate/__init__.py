@@ -1,35 +1,26 @@
 """
-Evaluation with honest intervals: samples, grades, summaries, comparisons.
+Evaluation with confidence intervals: samples, grades, summaries, comparisons.
 
 ```text
-benchmarks -> (prompts) -> backends -> answers -> store -> summary -> compare
+benchmarks -> prompts -> backends -> answers -> store -> summary -> compare
 ```
 """
 
 from collections.abc import Sequence
 
-from .arguments import EvaluateArguments, parse
+from .arguments import EvaluateArguments, make_parser, parse
 from .compare import run_compare
 from .run import evaluate
 
 
-__all__ = ["EvaluateArguments", "evaluate", "main", "run_compare"]
+__all__ = ["EvaluateArguments", "evaluate", "main", "make_parser", "run_compare"]
 
 
 def main(argv: Sequence[str]) -> int:
-    """
-    The subcommand `evaluate`.
-
-    Args:
-        argv (`Sequence[str]`):
-            Arguments after the subcommand.
-
-    Returns:
-        `int`: exit status.
-    """
-    args, compared, output_dir = parse(argv)
-    if args is None:
-        run_compare(compared, output_dir)
+    """Runs `purified-opsd evaluate` with the arguments after the subcommand; returns the exit status."""
+    args = parse(argv)
+    if args.compare:
+        run_compare(args.compare, args.output_dir)
     else:
         evaluate(args)
     return 0

@@ -1,4 +1,4 @@
-"""Who writes the samples: vLLM, or transformers as a fallback. Both yield each completion once it is finished."""
+"""What draws the samples: vLLM, or transformers as a fallback. Both yield each completion once it is finished."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,17 +13,7 @@ from .store import Key
 
 @dataclass(frozen=True)
 class Request:
-    """
-    One sample to draw.
-
-    Attributes:
-        key (`tuple[str, str, int]`):
-            Benchmark, problem and number of the sample.
-        prompt_ids (`list[int]`):
-            Prompt.
-        seed (`int`):
-            Seed of this sample.
-    """
+    """One sample to draw."""
 
     key: Key
     prompt_ids: list[int]
@@ -32,49 +22,28 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """
-    One sample drawn.
+    """One sample drawn."""
 
-    Attributes:
-        key (`tuple[str, str, int]`):
-            That of the request.
-        ids (`list[int]`):
-            Completion ids, without the end token and without padding.
-        truncated (`bool`):
-            Whether it was cut at the length limit.
-    """
-
-    key: Key
-    ids: list[int]
-    truncated: bool
+    key: Key  # that of its request
+    ids: list[int]  # without end token and padding
+    truncated: bool  # cut at the length limit
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """
-    How samples are drawn.
-
-    Attributes:
-        temperature (`float`):
-            0 is greedy.
-        top_p (`float`):
-            Nucleus; 1 is off.
-        top_k (`int`):
-            Most likely tokens kept; 0 is off.
-        max_new_tokens (`int`):
-            Longest completion in tokens.
-    """
+    """How samples are drawn; the names are those of [`EvaluateArguments`]."""
 
     temperature: float
     top_p: float
     top_k: int
-    max_new_tokens: int
+    max_completion_length: int
 
 
 class Backend(Protocol):
     """Draws samples from one model, or from adapters on one model."""
 
     tokenizer: Any
+    context: int | None  # longest prompt plus completion, where the model has a limit
 
     def load(self, adapter: str | None) -> None:
         """Puts an adapter (or none) on the model."""
@@ -90,14 +59,6 @@ class TransformersBackend:
     The samples of a batch share one random stream, seeded by its first request: a resumed evaluation draws the missing
     samples from the same distribution, not the same samples. Of the model's own generation config only the end tokens
     are kept: penalties and filters there would make its samples differ from vLLM's.
-
-    Args:
-        model (`str`):
-            Model id or path.
-        dtype (`str`):
-            Dtype of the weights, or `"auto"`.
-        batch_size (`int`):
-            Samples drawn at once.
     """
 
     _kept: list[tuple[str, torch.nn.Parameter, torch.Tensor]]
@@ -111,6 +72,7 @@ class TransformersBackend:
         loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
         self._base = loaded.to(device).eval()
         self.model: Any = self._base
+        self.context = _context(loaded.config.get_text_config())
 
     def load(self, adapter: str | None) -> None:
         if self.model is not self._base:
@@ -159,14 +121,23 @@ class TransformersBackend:
                 yield Completion(request.key, row[:end], truncated=end is None)
 
 
+def _context(config: Any) -> int | None:
+    """Tokens that the positions reach, as vLLM counts them; `None` for a model without a limit of its own."""
+    longest = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if longest is not None and rope.get("rope_type") in ("linear", "dynamic", "yarn"):
+        stretched = rope.get("original_max_position_embeddings", longest) * rope.get("factor", 1.0)
+        longest = max(longest, int(stretched))
+    return longest
+
+
 def _generation_config(sampling: Sampling, ends: list[int], pad: int) -> Any:
     from transformers import GenerationConfig
 
-    chosen: dict[str, Any] = {"do_sample": False}
+    chosen: dict[str, Any] = {"max_new_tokens": sampling.max_completion_length, "do_sample": sampling.temperature > 0}
     if sampling.temperature > 0:
-        chosen = {"do_sample": True, "temperature": sampling.temperature}
-        chosen |= {"top_p": sampling.top_p, "top_k": sampling.top_k}
-    return GenerationConfig(max_new_tokens=sampling.max_new_tokens, eos_token_id=ends, pad_token_id=pad, **chosen)
+        chosen |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+    return GenerationConfig(eos_token_id=ends, pad_token_id=pad, **chosen)
 
 
 def _without_adapter(model: Any) -> Any:
@@ -185,7 +156,7 @@ def _overwritable(base: Any, adapter: str) -> list[tuple[str, torch.nn.Parameter
     Names, weights and copies (on the host) of what loading an adapter may write into the base itself.
 
     That is what the adapter's file holds under the base's own names (biases, embeddings that it adapts), and
-    everything if its initialisation changes the base, as PiSSA does.
+    everything if its initialization changes the base, as PiSSA does.
     """
     from peft import PeftConfig
     from peft.utils import load_peft_weights
@@ -204,43 +175,39 @@ def _overwritable(base: Any, adapter: str) -> list[tuple[str, torch.nn.Parameter
 
 
 class VLLMBackend:
-    """
-    Generation by vLLM's offline engine; every sample has its own seed.
-
-    Args:
-        model (`str`):
-            Model id or path.
-        dtype (`str`):
-            Dtype of the weights, or `"auto"`.
-        max_model_len (`int`, *optional*):
-            Longest prompt plus completion. `None`: the model's context.
-        max_lora_rank (`int`):
-            Largest rank of the adapters to come; 0 for none.
-        tensor_parallel_size (`int`):
-            GPUs that share the model.
-    """
+    """Generation by vLLM's offline engine; every sample has its own seed."""
 
     def __init__(
         self,
         model: str,
         dtype: str,
-        max_model_len: int | None = None,
-        max_lora_rank: int = 0,
-        tensor_parallel_size: int = 1,
+        *,
+        max_model_length: int | None,
+        max_lora_rank: int,
+        tensor_parallel_size: int,
+        gpu_memory_utilization: float,
     ):
         require_extra("vllm", "`backend: vllm`")
         from transformers import AutoTokenizer
         from vllm import LLM
+        from vllm.platforms import current_platform
 
-        lora: dict[str, Any] = {"enable_lora": True, "max_lora_rank": max(8, max_lora_rank)} if max_lora_rank else {}
+        settings: dict[str, Any] = {}
+        if max_lora_rank:
+            settings |= {"enable_lora": True, "max_lora_rank": max(8, max_lora_rank)}
+        if current_platform.is_cpu():
+            # A prompt that is prefilled in parts rewinds its request's generator, which a CPU generator refuses
+            settings["enable_chunked_prefill"] = False
         self.tokenizer: Any = AutoTokenizer.from_pretrained(model)
         self.llm = LLM(
             model=model,
             dtype=dtype,
-            max_model_len=max_model_len,
+            max_model_len=max_model_length,
             tensor_parallel_size=tensor_parallel_size,
-            **lora,
+            gpu_memory_utilization=gpu_memory_utilization,
+            **settings,
         )
+        self.context: int | None = self.llm.llm_engine.model_config.max_model_len
         self._lora: Any = None
         self._adapters = 0
 
@@ -262,7 +229,7 @@ class VLLMBackend:
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 top_k=sampling.top_k,
-                max_tokens=sampling.max_new_tokens,
+                max_tokens=sampling.max_completion_length,
                 seed=request.seed,
             )
             name = str(number)
@@ -281,25 +248,3 @@ class VLLMBackend:
                     ids.pop()
                 request = waiting[output.request_id.split("-")[0]]
                 yield Completion(request.key, ids, truncated)
-
-
-def make_backend(
-    kind: str, model: str, *, dtype: str, batch_size: int, max_model_len: int | None, max_lora_rank: int, tp: int
-) -> Backend:
-    """
-    The backend by name.
-
-    Args:
-        kind (`str`):
-            `"vllm"`, `"transformers"`, or `"auto"`: vLLM if it is installed.
-        model (`str`):
-            Model id or path.
-        dtype, batch_size, max_model_len, max_lora_rank, tp:
-            See the classes.
-
-    Returns:
-        [`Backend`]
-    """
-    if kind == "vllm":
-        return VLLMBackend(model, dtype, max_model_len, max_lora_rank, tp)
-    return TransformersBackend(model, dtype, batch_size)

@@ -1,9 +1,8 @@
-"""
-Benchmarks: presets on the hub, or any local JSONL file with the fields `problem` and `answer`.
-"""
+"""Benchmarks: presets on the hub, or any local JSONL file with the fields `problem` and `answer`."""
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,52 +13,31 @@ from ..errors import InputError
 
 @dataclass(frozen=True)
 class Preset:
-    """
-    A benchmark on the hub.
+    """A benchmark on the hub: a dataset with the columns `problem` and `answer`."""
 
-    Attributes:
-        title (`str`):
-            Name for people.
-        hub_id (`str`):
-            Data set id, with the columns `problem` and `answer`.
-        split (`str`):
-            Split.
-        licence (`str`):
-            Licence of the data.
-    """
-
-    title: str
     hub_id: str
-    split: str
-    licence: str
+    split: str = "train"
 
+    @property
+    def license(self) -> str:
+        """Where the license of the data is stated."""
+        return f"see the dataset card at https://huggingface.co/datasets/{self.hub_id}"
 
-_CARD = "see the data card at https://huggingface.co/datasets/"
 
 PRESETS = {
-    "aime24": Preset("AIME 2024", "HuggingFaceH4/aime_2024", "train", _CARD + "HuggingFaceH4/aime_2024"),
-    "aime25": Preset("AIME 2025", "MathArena/aime_2025", "train", _CARD + "MathArena/aime_2025"),
-    "hmmt25": Preset("HMMT February 2025", "MathArena/hmmt_feb_2025", "train", _CARD + "MathArena/hmmt_feb_2025"),
+    "aime24": Preset("HuggingFaceH4/aime_2024"),
+    "aime25": Preset("MathArena/aime_2025"),
+    "hmmt25": Preset("MathArena/hmmt_feb_2025"),
 }
 
 
 @dataclass(frozen=True)
 class Problem:
-    """
-    One problem.
+    """One problem."""
 
-    Attributes:
-        id (`str`):
-            Identifier within its benchmark: the row's `id`, or its number.
-        problem (`str`):
-            Text.
-        answer (`str`):
-            The right answer, as text or LaTeX.
-    """
-
-    id: str
+    id: str  # unique within its benchmark: the row's `id`, or its number
     problem: str
-    answer: str
+    answer: str  # text or LaTeX
 
     @property
     def sha256(self) -> str:
@@ -69,42 +47,16 @@ class Problem:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """
-    A set of problems.
+    """A set of problems."""
 
-    Attributes:
-        name (`str`):
-            Name in the results.
-        source (`str`):
-            Hub id or path.
-        licence (`str`):
-            Licence of the data.
-        problems (`tuple[Problem, ...]`):
-            The problems.
-    """
-
-    name: str
-    source: str
-    licence: str
+    name: str  # in results and samples
+    source: str  # hub id or path
+    license: str
     problems: tuple[Problem, ...]
 
 
 def load_benchmarks(names: Sequence[str], limit: int | None = None) -> list[Benchmark]:
-    """
-    Loads several presets or local JSONL files.
-
-    Args:
-        names (`Sequence[str]`):
-            Keys of `PRESETS`, or paths of JSONL files.
-        limit (`int`, *optional*):
-            Only the first problems of each.
-
-    Returns:
-        `list[Benchmark]`
-
-    Raises:
-        `InputError`: if two have one name, and as in [`load_benchmark`].
-    """
+    """Loads keys of `PRESETS` or local JSONL files, of each the first `limit` problems."""
     # Before anything is loaded: a preset comes from the hub
     given: dict[str, str] = {}
     for name in names:
@@ -119,26 +71,12 @@ def load_benchmarks(names: Sequence[str], limit: int | None = None) -> list[Benc
 
 
 def load_benchmark(name: str, limit: int | None = None) -> Benchmark:
-    """
-    Loads a preset or a local JSONL file.
-
-    Args:
-        name (`str`):
-            Key of `PRESETS`, or the path of a JSONL file.
-        limit (`int`, *optional*):
-            Only the first problems.
-
-    Returns:
-        [`Benchmark`]
-
-    Raises:
-        `InputError`: for an unknown name, an unreadable file, or a row without problem or answer.
-    """
+    """Loads one preset or local JSONL file."""
     if name in PRESETS:
         preset = PRESETS[name]
-        rows, source, licence = _from_hub(name, preset), preset.hub_id, preset.licence
+        rows, source, license = _from_hub(name, preset), preset.hub_id, preset.license
     elif name.endswith((".jsonl", ".json")):
-        rows, source, licence = _from_file(Path(name)), name, "local file"
+        rows, source, license = _from_file(Path(name)), name, "local file"
         name = Path(name).stem
     else:
         raise InputError(
@@ -148,11 +86,10 @@ def load_benchmark(name: str, limit: int | None = None) -> Benchmark:
     problems = tuple(_problem(row, index, source) for index, row in enumerate(rows[:limit]))
     if not problems:
         raise InputError(f"`benchmarks`: {source} holds no problems.")
-    ids = [problem.id for problem in problems]
-    if len(set(ids)) < len(ids):
-        twice = next(i for i in ids if ids.count(i) > 1)
-        raise InputError(f"`benchmarks`: {source} holds the id {twice!r} twice. Make ids unique, or remove them.")
-    return Benchmark(name, source, licence, problems)
+    for id, count in Counter(problem.id for problem in problems).items():
+        if count > 1:
+            raise InputError(f"`benchmarks`: {source} holds the id {id!r} twice. Make ids unique, or remove them.")
+    return Benchmark(name, source, license, problems)
 
 
 def _from_hub(name: str, preset: Preset) -> list[dict[str, Any]]:
@@ -172,13 +109,13 @@ def _from_file(path: Path) -> list[dict[str, Any]]:
         raise InputError(f"`benchmarks`: there is no file {path}.")
     rows = []
     # `splitlines` would also split at U+2028 and the like, which may stand in a JSON string
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}, line {number}: not JSON ({error}). Write one object a line.") from None
+        except ValueError as error:  # no JSON, or no UTF-8
+            raise InputError(f"{path}, line {number}: not JSON ({error}). Write one object per line.") from None
     return rows
 
 

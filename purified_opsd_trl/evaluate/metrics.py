@@ -1,8 +1,8 @@
 """
 Metrics of an evaluation, over problems: P problems, n samples each, c of them correct.
 
-Problems, not samples, are drawn again in the bootstrap: the samples of a problem are not independent evidence about
-other problems, and a benchmark of 30 problems stays one of 30 however often each is sampled.
+The bootstrap resamples problems, not samples: the samples of a problem are not independent evidence about other
+problems, and a benchmark of 30 problems stays one of 30 however often each is sampled.
 """
 
 import math
@@ -21,36 +21,15 @@ def average(correct: Sequence[bool]) -> float:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """
-    Unbiased estimate of the chance that at least one of `k` samples is correct: `1 - C(n - c, k) / C(n, k)`.
-
-    Args:
-        n (`int`):
-            Samples drawn.
-        c (`int`):
-            Correct ones among them.
-        k (`int`):
-            Samples allowed, at most `n`.
-
-    Returns:
-        `float`
-    """
+    """Unbiased estimate of the chance that one of `k <= n` samples is correct: `1 - C(n - c, k) / C(n, k)`."""
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
 def majority(answers: Sequence[Hashable | None], correct: Sequence[bool]) -> float:
     """
-    maj@n of one problem: whether the most frequent answer is correct. A tie is broken by lot, in expectation.
+    maj@n of one problem: whether the most frequent answer is correct; in expectation over a lot that breaks ties.
 
-    Args:
-        answers (`Sequence`):
-            Answer of each sample, `None` for none; samples without an answer do not vote. Equal answers need not be
-            spelt alike if both are correct: all correct samples are one answer.
-        correct (`Sequence[bool]`):
-            Whether each sample is correct.
-
-    Returns:
-        `float`: 1 or 0, or a fraction for a tie; 0 if nobody votes.
+    Samples without an answer (`None`) do not vote; 0 if none votes. All correct samples are one answer.
     """
     # A correct answer has one key, whatever its spelling; `(False, ...)` cannot collide with it
     keys: list[Hashable] = [
@@ -72,18 +51,7 @@ def bootstrap_interval(
     """
     Percentile bootstrap interval of the mean over benchmarks of the mean over problems.
 
-    Args:
-        groups (`Sequence[Sequence[float]]`):
-            Value of each problem, by benchmark. Problems are drawn again within their benchmark.
-        level (`float`, *optional*, defaults to `0.95`):
-            Coverage.
-        resamples (`int`, *optional*, defaults to `10000`):
-            Bootstrap samples.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed.
-
-    Returns:
-        `tuple[float, float]`: lower and upper end.
+    `groups` holds the value of each problem, by benchmark; problems are resampled within their benchmark.
     """
     rng = np.random.default_rng(seed)
     total = np.zeros(resamples)

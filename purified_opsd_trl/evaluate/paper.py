@@ -1,4 +1,4 @@
-"""Table 1 of arXiv 2607.02234, to hold beside one's own numbers: what the paper reports, 12 runs, best checkpoint."""
+"""Table 1 of arXiv 2607.02234, to show beside your own numbers: 12 runs each, best checkpoint."""
 
 _BENCHMARKS = ("aime24", "aime25", "hmmt25", "average")
 
@@ -37,16 +37,9 @@ _TABLE_1: dict[str, dict[str, tuple[float, float, float, float]]] = {
 
 def paper_rows(model: str, benchmarks: list[str]) -> dict[str, dict[str, float]]:
     """
-    The paper's rows for a model.
+    The paper's percentages for a model, by method and benchmark; empty where the paper has no such model.
 
-    Args:
-        model (`str`):
-            Model id or path; its last part counts.
-        benchmarks (`list[str]`):
-            Benchmarks evaluated. The paper's average is shown for exactly its three.
-
-    Returns:
-        `dict[str, dict[str, float]]`: percentages by method and benchmark; empty where the paper has no such model.
+    Of `model`, an id or a path, the last part counts. The paper's average is shown for exactly its three benchmarks.
     """
     rows = _TABLE_1.get(model.rstrip("/").split("/")[-1].lower(), {})
     shown = {*benchmarks, *(["average"] if set(benchmarks) == set(_BENCHMARKS[:3]) else [])}

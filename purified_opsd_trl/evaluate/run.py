@@ -1,133 +1,49 @@
 """
-`purified-opsd evaluate`: samples, grades and summarises models on benchmarks.
+`purified-opsd evaluate`: samples, grades and summarizes models on benchmarks.
 
 ```bash
-purified-opsd evaluate --model Qwen/Qwen3-8B --checkpoints outputs/run --benchmarks aime24,aime25,hmmt25 \
-    --num_samples 12 --output_dir evaluation
+purified-opsd evaluate --model_name_or_path Qwen/Qwen3-8B --checkpoints outputs/run \
+    --benchmarks aime24 aime25 hmmt25 --num_generations 12 --output_dir evaluation
 ```
 """
 
 import hashlib
 import importlib.metadata
 import importlib.util
-import json
 import platform
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints import checkpoint_folders, is_whole
 from ..errors import InputError
 from ..markers import MarkerCounter
 from .answers import grade
 from .arguments import EvaluateArguments
-from .backends import Backend, Completion, Request, Sampling, make_backend
+from .backends import Backend, Completion, Request, Sampling, TransformersBackend, VLLMBackend
 from .benchmarks import Benchmark, Problem, load_benchmarks
-from .store import SampleStore
-from .summary import print_summary, summarise
-
-
-@dataclass(frozen=True)
-class Target:
-    """
-    One model to evaluate.
-
-    Attributes:
-        label (`str`):
-            Name of its folder.
-        model (`str`):
-            Model id or path.
-        adapter (`str`, *optional*):
-            Path of an adapter on it.
-    """
-
-    label: str
-    model: str
-    adapter: str | None = None
-
-
-def find_targets(args: EvaluateArguments) -> list[Target]:
-    """
-    The models that the arguments name: `model` itself unless adapters are given, each adapter, each checkpoint.
-
-    Args:
-        args ([`EvaluateArguments`]):
-            Arguments.
-
-    Returns:
-        `list[Target]`
-
-    Raises:
-        `InputError`: if a folder is neither a model nor an adapter, was not written to its end, or two have one name.
-    """
-    targets = [] if args.adapter else [Target(_label(args.model), args.model)]
-    targets += [Target(_label(path), args.model, path) for path in args.adapter]
-    for folder in map(Path, args.checkpoints):
-        for path in _whole_checkpoints(folder):
-            label = f"{folder.name}-{path.name}" if path != folder else folder.name
-            if (path / "adapter_config.json").is_file():
-                targets.append(Target(label, args.model, str(path)))
-            elif (path / "config.json").is_file():
-                targets.append(Target(label, str(path)))
-            else:
-                raise InputError(
-                    f"`checkpoints`: {path} holds neither a model (config.json) nor an adapter (adapter_config.json)."
-                )
-    labels = [target.label for target in targets]
-    if len(set(labels)) < len(labels):
-        twice = next(label for label in labels if labels.count(label) > 1)
-        raise InputError(f"Two models are called `{twice}`; evaluate them into different `--output_dir`s.")
-    return targets
-
-
-def _whole_checkpoints(folder: Path) -> list[Path]:
-    """Those of a run, or the one that is named; a folder of another kind is taken as it is."""
-    found = checkpoint_folders(folder)
-    if not found and folder not in checkpoint_folders(folder.parent):
-        return [folder]
-    found = found or [folder]
-    whole = [path for path in found if is_whole(path)]
-    incomplete = ", ".join(path.name for path in found if path not in whole)
-    if not whole:
-        raise InputError(
-            f"`checkpoints`: {folder} was not written to its end ({incomplete} holds no whole `trainer_state.json`, "
-            "which comes last). Name another checkpoint; a folder whose weights are whole may go to `--adapter` or "
-            "`--model`."
-        )
-    if incomplete:
-        print(f"Passing over {incomplete} in {folder}: not written to the end")
-    return whole
-
-
-def _label(path: str) -> str:
-    return Path(path.rstrip("/")).name
+from .compare import write_comparison
+from .store import SampleStore, write_json
+from .summary import print_summary, summarize
+from .targets import Target, find_targets, lora_rank, weights_fingerprint
 
 
 class Prompter:
-    """
-    Problems to prompt ids, by the model's chat template.
-
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer.
-        args ([`EvaluateArguments`]):
-            Arguments.
-    """
+    """Turns problems into prompt ids, by the model's chat template."""
 
     def __init__(self, tokenizer: Any, args: EvaluateArguments):
         self.tokenizer = tokenizer
         self.args = args
-        if tokenizer.chat_template is None and not args.no_chat_template:
+        if tokenizer.chat_template is None and not args.text_prompts:
             raise InputError(
-                f"The tokenizer of {args.model} has no chat template. For a base model pass `--no_chat_template`."
+                f"The tokenizer of {args.model_name_or_path} has no chat template. For a base model, set "
+                "`text_prompts`."
             )
 
     def text(self, problem: Problem) -> str:
         """The prompt as the model sees it."""
         content = self.args.prompt_template.replace("{problem}", problem.problem)
-        if self.args.no_chat_template:
+        if self.args.text_prompts:
             return content
         messages = [{"role": "user", "content": content}]
         if self.args.system_prompt:
@@ -138,11 +54,11 @@ class Prompter:
 
     def ids(self, problem: Problem) -> list[int]:
         """Prompt ids; a chat template writes its special tokens itself."""
-        return self.tokenizer(self.text(problem), add_special_tokens=self.args.no_chat_template)["input_ids"]
+        return self.tokenizer(self.text(problem), add_special_tokens=self.args.text_prompts)["input_ids"]
 
     def settings(self, example: Problem) -> dict[str, Any]:
         """How problems become prompts, for the results."""
-        template = None if self.args.no_chat_template else self.tokenizer.chat_template
+        template = None if self.args.text_prompts else self.tokenizer.chat_template
         text = self.text(example)
         return {
             "chat_template_sha256": None if template is None else hashlib.sha256(str(template).encode()).hexdigest(),
@@ -152,81 +68,27 @@ class Prompter:
         }
 
 
-def weights_fingerprint(model: str) -> str | None:
-    """
-    Tells weights in a folder from others that were there before, so that samples of a retrained model are not mixed.
-
-    It is made of names, sizes and modification times, not of the contents: these are many gigabytes, which would be
-    read at every call. So a copy that does not keep modification times counts as other weights.
-
-    Args:
-        model (`str`):
-            Folder of a model or an adapter, or a hub id.
-
-    Returns:
-        `str` or `None`: fingerprint; `None` for what is not a local folder.
-    """
-    folder = Path(model)
-    if not folder.is_dir():
-        return None
-    files = [(file.name, file.stat()) for file in sorted(folder.glob("*.safetensors"))]
-    described = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
-    return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
-
-
 def evaluate_target(
     target: Target, backend: Backend, benchmarks: Sequence[Benchmark], args: EvaluateArguments
 ) -> dict[str, Any]:
-    """
-    Draws what is missing of one model's samples, and summarises all of them.
-
-    Args:
-        target ([`Target`]):
-            Model.
-        backend ([`Backend`]):
-            Draws the samples.
-        benchmarks (`Sequence[Benchmark]`):
-            Problems.
-        args ([`EvaluateArguments`]):
-            Arguments.
-
-    Returns:
-        `dict`: the results, as written to `results.json`.
-    """
+    """Draws what is missing of one model's samples, and summarizes all of them as in `results.json`."""
     prompter = Prompter(backend.tokenizer, args)
     prompting = prompter.settings(benchmarks[0].problems[0])
-    settings = {
-        "model": target.model,
-        "model_weights": weights_fingerprint(target.model),
-        "adapter": target.adapter,
-        "adapter_weights": target.adapter and weights_fingerprint(target.adapter),
-        "temperature": args.temperature,
-        "top_p": args.top_p,
-        "top_k": args.top_k,
-        "max_new_tokens": args.max_new_tokens,
-        "seed": args.seed,
-        "system_prompt": args.system_prompt,
-        "prompt_template": args.prompt_template,
-        "thinking": args.thinking,
-        "chat_template_kwargs": args.template_kwargs,
-        "chat_template_sha256": prompting["chat_template_sha256"],
-        "dtype": args.dtype,
-        "backend": type(backend).__name__.removesuffix("Backend").lower(),  # which `auto` is by then
-    }
+    settings = _settings(target, backend, args, prompting)
     folder = Path(args.output_dir, target.label)
-    started = time.perf_counter()
-    counter = MarkerCounter(args.markers)
+    counter = MarkerCounter(args.epistemic_markers)
     problems = {(b.name, p.id): p for b in benchmarks for p in b.problems}
     with SampleStore(folder, settings) as store:
         store.check_problems({key: problem.sha256 for key, problem in problems.items()})
         requests = [r for r in _requests(benchmarks, prompter, args) if r.key not in store.records]
-        drawn = 0
         if requests:
+            _check_length(requests, args.max_completion_length, backend.context)
             backend.load(target.adapter)
-            for completion in backend.generate(requests, Sampling(*(settings[k] for k in _SAMPLING))):
+            sampling = Sampling(args.temperature, args.top_p, args.top_k, args.max_completion_length)
+            started = time.perf_counter()
+            for drawn, completion in enumerate(backend.generate(requests, sampling), start=1):
                 problem = problems[completion.key[:2]]
                 store.append(_record(completion, problem, backend.tokenizer, counter, prompting))
-                drawn += 1
                 if drawn % 50 == 0 or drawn == len(requests):
                     print(f"{target.label}: {drawn}/{len(requests)} samples, {time.perf_counter() - started:.0f} s")
         results = {
@@ -235,29 +97,50 @@ def evaluate_target(
             "backend": settings["backend"],
             "prompting": prompting,
             "versions": _versions(),
-            "licences": {b.name: b.licence for b in benchmarks},
+            "licenses": {b.name: b.license for b in benchmarks},
             "sources": {b.name: b.source for b in benchmarks},
             "problem_sha256": {b.name: {p.id: p.sha256 for p in b.problems} for b in benchmarks},
-            "samples_drawn_now": drawn,
-            **summarise(store.records.values(), benchmarks, args.num_samples, counter.markers, args.seed),
+            "samples_drawn_now": len(requests),
+            **summarize(store.records.values(), benchmarks, args.num_generations, counter.markers, args.seed),
         }
-    path = folder / "results.json"
-    path.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(folder / "results.json", results)
     print_summary(results)
     print(f"Samples and results are in {folder}")
     return results
 
 
-_SAMPLING = ("temperature", "top_p", "top_k", "max_new_tokens")
+def _settings(target: Target, backend: Backend, args: EvaluateArguments, prompting: dict[str, Any]) -> dict[str, Any]:
+    """What the samples depend on."""
+    named = ("temperature", "top_p", "top_k", "max_completion_length", "seed", "system_prompt", "prompt_template")
+    return {
+        "model": target.model,
+        "model_weights": weights_fingerprint(target.model),
+        "adapter": target.adapter,
+        "adapter_weights": target.adapter and weights_fingerprint(target.adapter),
+        **{name: getattr(args, name) for name in (*named, "thinking", "dtype")},
+        "chat_template_kwargs": args.template_kwargs,
+        "chat_template_sha256": prompting["chat_template_sha256"],
+        "backend": type(backend).__name__.removesuffix("Backend").lower(),  # which `auto` is by then
+    }
 
 
 def _requests(benchmarks: Sequence[Benchmark], prompter: Prompter, args: EvaluateArguments) -> Iterator[Request]:
     # Sample by sample over all problems, so that an evaluation that is stopped early has seen every problem
     prompts = {(b.name, p.id): prompter.ids(p) for b in benchmarks for p in b.problems}
-    for sample in range(args.num_samples):
+    for sample in range(args.num_generations):
         for (benchmark, problem), ids in prompts.items():
             digest = hashlib.sha256(f"{args.seed}/{benchmark}/{problem}/{sample}".encode()).digest()
             yield Request((benchmark, problem, sample), ids, int.from_bytes(digest[:4], "big") >> 1)
+
+
+def _check_length(requests: Sequence[Request], max_completion_length: int, context: int | None) -> None:
+    """Refuses completions that the model's context cannot hold behind the longest prompt."""
+    longest = max(len(request.prompt_ids) for request in requests)
+    if context is not None and longest + max_completion_length > context:
+        raise InputError(
+            f"`max_completion_length` ({max_completion_length}) is too large: the context is {context} tokens, of "
+            f"which the longest prompt takes {longest}. Set it to {max(context - longest, 0)} or less."
+        )
 
 
 def _record(
@@ -274,6 +157,7 @@ def _record(
         "expected": problem.answer,
         "answer": found.answer,
         "correct": found.correct,
+        "ungradable": found.ungradable,
         "tokens": len(completion.ids),
         "truncated": completion.truncated,
         "markers": counter.count(text),
@@ -282,9 +166,8 @@ def _record(
 
 
 def _versions() -> dict[str, str]:
-    names = ("purified_opsd_trl", "torch", "transformers", "peft", "vllm", "math-verify")
     versions = {"python": platform.python_version()}
-    for name in names:
+    for name in ("purified_opsd_trl", "torch", "transformers", "peft", "vllm", "math-verify"):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -294,43 +177,44 @@ def _versions() -> dict[str, str]:
 
 def evaluate(args: EvaluateArguments) -> list[dict[str, Any]]:
     """
-    Evaluates every model that the arguments name.
+    Evaluates every model that the arguments name, and compares them with the first if there are several.
 
     Args:
         args ([`EvaluateArguments`]):
             Arguments.
 
     Returns:
-        `list[dict]`: results of each model.
+        `list[dict]`: results of each model, as written to its `results.json`.
+
+    Raises:
+        `InputError`: for models, benchmarks or samples on disk that cannot be used.
+        `ImportError`: for an extra that is not installed.
     """
     grade("1", "1")  # a missing extra is known before the first sample, not after it
-    targets = find_targets(args)
+    assert args.model_name_or_path is not None  # the arguments have checked it
+    targets = find_targets(args.model_name_or_path, args.adapter, args.checkpoints)
     benchmarks = load_benchmarks(args.benchmarks, args.limit)
-    kind = args.backend
-    if kind == "auto":
-        kind = "vllm" if importlib.util.find_spec("vllm") else "transformers"
     results: list[dict[str, Any]] = []
     backend, loaded = None, None
     for target in targets:
         if backend is None or loaded != target.model:
             del backend  # the memory of one model at a time
-            ranks = [_lora_rank(t.adapter) for t in targets if t.model == target.model and t.adapter]
-            backend = make_backend(
-                kind,
-                target.model,
-                dtype=args.dtype,
-                batch_size=args.batch_size,
-                max_model_len=args.max_model_len,
-                max_lora_rank=max(ranks, default=0),
-                tp=args.tensor_parallel_size,
-            )
-            loaded = target.model
+            ranks = [lora_rank(t.adapter) for t in targets if t.model == target.model and t.adapter]
+            backend, loaded = _make_backend(target.model, args, max(ranks, default=0)), target.model
         results.append(evaluate_target(target, backend, benchmarks, args))
+    if len(results) > 1:
+        write_comparison(results, Path(args.output_dir))
     return results
 
 
-def _lora_rank(adapter: str) -> int:
-    path = Path(adapter, "adapter_config.json")
-    if not path.is_file():
-        raise InputError(f"`adapter`: {adapter} holds no adapter_config.json.")
-    return int(json.loads(path.read_text(encoding="utf-8")).get("r", 8))
+def _make_backend(model: str, args: EvaluateArguments, max_lora_rank: int) -> Backend:
+    if args.backend == "transformers" or (args.backend == "auto" and importlib.util.find_spec("vllm") is None):
+        return TransformersBackend(model, args.dtype, args.batch_size)
+    return VLLMBackend(
+        model,
+        args.dtype,
+        max_model_length=args.vllm_max_model_length,
+        max_lora_rank=max_lora_rank,
+        tensor_parallel_size=args.vllm_tensor_parallel_size,
+        gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+    )

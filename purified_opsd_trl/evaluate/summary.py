@@ -9,7 +9,7 @@ from .benchmarks import Benchmark
 from .metrics import average, bootstrap_interval, majority, mean_of_means, pass_at_k
 
 
-def summarise(
+def summarize(
     records: Iterable[dict[str, Any]],
     benchmarks: Sequence[Benchmark],
     num_samples: int,
@@ -17,22 +17,9 @@ def summarise(
     seed: int,
 ) -> dict[str, Any]:
     """
-    Summary of one model's samples.
+    Summary of one model's samples: `benchmarks` by name, and `average` over them.
 
-    Args:
-        records (`Iterable[dict]`):
-            Samples.
-        benchmarks (`Sequence[Benchmark]`):
-            Benchmarks; samples of others are left out.
-        num_samples (`int`):
-            Samples a problem that count; later ones are left out.
-        markers (`Sequence[str]`):
-            Epistemic markers.
-        seed (`int`):
-            Seed of the bootstrap.
-
-    Returns:
-        `dict`: `benchmarks` by name, and `average` over them.
+    Samples of other benchmarks, and those beyond the first `num_samples` per problem, are left out.
     """
     by_benchmark: dict[str, dict[str, list[dict[str, Any]]]] = {
         b.name: {p.id: [] for p in b.problems} for b in benchmarks
@@ -42,7 +29,7 @@ def summarise(
         if problem is not None and record["sample"] < num_samples:
             problem.append(record)
     per_benchmark = {name: _benchmark(problems, num_samples, markers, seed) for name, problems in by_benchmark.items()}
-    names = [key for key in next(iter(per_benchmark.values()))["per_problem"]]
+    names = list(next(iter(per_benchmark.values()))["per_problem"])
     groups = {key: [list(b["per_problem"][key].values()) for b in per_benchmark.values()] for key in names}
     return {
         "num_samples": num_samples,
@@ -62,19 +49,21 @@ def _benchmark(
     correct = {name: [r["correct"] for r in samples] for name, samples in problems.items()}
     answers = {name: [r["answer"] for r in samples] for name, samples in problems.items()}
     per_problem = {f"avg@{n}": {name: average(c) for name, c in correct.items()}}
-    for k in _powers(n):
+    for k in [k for k in (1, 2, 4, 8, 16, 32, 64) if k < n] + [n]:
         per_problem[f"pass@{k}"] = {name: pass_at_k(n, sum(c), k) for name, c in correct.items()}
     per_problem[f"maj@{n}"] = {name: majority(answers[name], c) for name, c in correct.items()}
     samples = [record for group in problems.values() for record in group]
     tokens = np.array([record["tokens"] for record in samples])
     total = max(int(tokens.sum()), 1)
     counts = {marker: sum(record["markers"].get(marker, 0) for record in samples) for marker in markers}
+    ungradable = [record["ungradable"] for record in samples if record.get("ungradable")]
     return {
         "problems": len(problems),
         "samples": len(samples),
         **{key: _with_interval([list(values.values())], seed) for key, values in per_problem.items()},
         "truncation_rate": float(np.mean([record["truncated"] for record in samples])),
         "answer_rate": float(np.mean([record["answer"] is not None for record in samples])),
+        "ungradable": {"samples": len(ungradable), "first_reason": ungradable[0] if ungradable else None},
         "tokens": {
             "mean": float(tokens.mean()),
             **{f"p{q}": float(np.percentile(tokens, q)) for q in (10, 50, 90)},
@@ -89,10 +78,6 @@ def _benchmark(
         "marker_counts": counts,
         "per_problem": per_problem,
     }
-
-
-def _powers(n: int) -> list[int]:
-    return [k for k in (1, 2, 4, 8, 16, 32, 64) if k < n] + [n]
 
 
 def _mean(values: list[int]) -> float | None:
@@ -114,6 +99,10 @@ def print_summary(results: dict[str, Any]) -> None:
         )
     if len(results["benchmarks"]) > 1:
         print(f"  {'average':12}" + "".join(f"{_percent(results['average'][key]):>24}" for key in keys))
+    for name, values in results["benchmarks"].items():
+        if count := values["ungradable"]["samples"]:
+            reason = values["ungradable"]["first_reason"]
+            print(f"  {name}: {count} samples could not be graded and count as wrong; the first: {reason}")
 
 
 def _percent(value: dict[str, Any]) -> str:

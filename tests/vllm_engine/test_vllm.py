@@ -124,9 +124,9 @@ def test_the_command_evaluates_with_vllm(model_dir: Path, tmp_path: Path) -> Non
     problems = [{"problem": f"what is {i} + 1?", "answer": str(i + 1)} for i in range(3)]
     (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, problems)))
     backends = ("vllm", "transformers")
-    command = ["-m", "tests.vllm_engine.cpu", "evaluate", "--model", str(model_dir), "--dtype", "float32"]
-    command += ["--benchmarks", str(tmp_path / "sums.jsonl"), "--num_samples", "2", "--temperature", "0"]
-    command += ["--max_new_tokens", "12"]
+    command = ["-m", "tests.vllm_engine.cpu", "evaluate", "--model_name_or_path", str(model_dir), "--dtype", "float32"]
+    command += ["--benchmarks", str(tmp_path / "sums.jsonl"), "--num_generations", "2", "--temperature", "0"]
+    command += ["--max_completion_length", "12"]
     run(*([*command, "--backend", name, "--output_dir", str(tmp_path / name)] for name in backends))
     samples = {}
     for name in backends:
