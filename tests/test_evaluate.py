@@ -454,7 +454,11 @@ def test_several_checkpoints_in_one_call(flags: list[str], make_model: Callable[
         for f in folders
     }
     assert len(texts) == 3  # base and both adapters answer differently
-    assert [t.label for t in find_targets("m", checkpoints=[str(run)])] == ["m", "run-checkpoint-5", "run-checkpoint-10"]
+    assert [t.label for t in find_targets("m", checkpoints=[str(run)])] == [
+        "m",
+        "run-checkpoint-5",
+        "run-checkpoint-10",
+    ]
 
 
 def test_only_whole_checkpoints_are_evaluated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

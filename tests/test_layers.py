@@ -9,7 +9,7 @@ import purified_opsd_trl
 
 ROOT = Path(purified_opsd_trl.__file__).parent
 LAYERS = (
-    {"errors", "extras", "markers", "backbone"},
+    {"errors", "extras", "env", "arguments", "markers", "backbone"},
     {"head", "purification"},
     {"kernels"},
     {"config", "contexts", "scores", "dataset", "loading"},

@@ -216,8 +216,8 @@ def test_qlora_equals_the_computation_by_hand(
     build: Build, make_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="the extra `quantization` is not installed")
-    # On a CPU with AVX-512-bf16, a forward in evaluation mode repacks the four bits in place, for a product that has no
-    # backward pass and computes in bf16. Every CPU is told that it is one, so that scoring must not cause it anywhere.
+    # On a CPU with AVX-512-bf16, a forward in evaluation mode repacks the four bits in place, for a product that
+    # computes in bf16 and has no backward. Every CPU is told that it is one, so that scoring must not repack anywhere.
     monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
     model_dir = make_model_dir(hidden_size=64, intermediate_size=128)  # rows of whole blocks, which repacking asks for
     in_4_bits = BitsAndBytesConfig(
@@ -245,13 +245,14 @@ def test_qlora_equals_the_computation_by_hand(
             assert not torch.equal(layer.weight, weight)
             layer.weight.data.copy_(weight)
             quantized += 1
-            assert module.support_avx512bf16_for_cpu
     assert quantized == 7 * initial.config.num_hidden_layers  # every linear layer but the head
     student = get_peft_model(copy.deepcopy(initial), copy.deepcopy(LORA))
     set_peft_model_state_dict(student, get_peft_model_state_dict(trainer.model))
     twin: Any = SimpleNamespace(args=trainer.args, processing_class=trainer.processing_class, model=student)
     trainer.model.train()
     trainer.scoring_callback.score({"base": [[65, 66, 67]]}, [[97, 98, 99]])
+    with torch.no_grad():
+        trainer.model.eval()(input_ids=torch.tensor([[65]]))  # as `evaluate` runs it
     states = [m.weight.quant_state for m in trainer.model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
     assert not any(getattr(state, "packing_format_for_cpu", False) for state in states)
     assert_one_step(trainer, rows, *by_hand(twin, rows, completions_for(trainer, rows), initial))
