@@ -121,7 +121,7 @@ def test_equal_distributions_have_no_divergence_and_no_gradient(beta, dtype) -> 
 def test_equal_teacher_and_reference_only_give_the_base(pmi_center) -> None:
     teacher, base = logits(0, (6, 50), torch.float32), logits(1, (6, 50), torch.float32)
     target = purified_target_logits(teacher, teacher, base, pmi_center=pmi_center)
-    # the target's log-probabilities, from -17 up, are rounded: half an ulp of 2^-19, and half of one of their normaliser
+    # the target's log-probabilities, from -17 up, are rounded by half an ulp, 2^-20, and so is their normaliser
     torch.testing.assert_close(target.softmax(-1), base.softmax(-1), rtol=2e-6, atol=0)
 
 

@@ -216,8 +216,8 @@ def test_qlora_equals_the_computation_by_hand(
     build: Build, make_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="the extra `quantization` is not installed")
-    # On a CPU with AVX-512-bf16, a forward in evaluation mode repacks the four bits in place, for a product that has no
-    # backward pass and computes in bf16. Every CPU is told that it is one, so that scoring must not cause it anywhere.
+    # On a CPU with AVX-512-bf16, a forward in eval mode repacks the 4-bit weights in place for a product that has
+    # no backward pass and computes in bf16. Every CPU is taken for one here, so scoring must not cause it anywhere.
     monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
     model_dir = make_model_dir(hidden_size=64, intermediate_size=128)  # rows of whole blocks, which repacking asks for
     in_4_bits = BitsAndBytesConfig(
