@@ -73,6 +73,33 @@ class ScoringBatch:
         return [mask for mask in (self.prefix_mask, self.attention_mask) if mask is not None]
 
 
+def shared_prefixes(prompt_ids: Mapping[str, list[list[int]]]) -> dict[int, tuple[int, ...]]:
+    """
+    Rows whose teacher and reference-only prompt begin with the same tokens.
+
+    Args:
+        prompt_ids (`Mapping[str, list[list[int]]]`):
+            Prompt ids of every row, by context.
+
+    Returns:
+        `dict[int, tuple[int, ...]]`: ids of the common prefix by row, where it is worth a forward of its own. The last
+        token of a prompt is never part of it: it predicts the first token of the completion.
+    """
+    prefixes = {}
+    pairs = zip(prompt_ids.get("teacher", []), prompt_ids.get("reference_only", []), strict=False)
+    for row, (teacher, reference_only) in enumerate(pairs):
+        both = zip(teacher[:-1], reference_only[:-1], strict=False)
+        common = sum(1 for _ in takewhile(lambda ids: ids[0] == ids[1], both))
+        if common >= MIN_SHARED_TOKENS:
+            prefixes[row] = tuple(teacher[:common])
+    return prefixes
+
+
+def unpad(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:
+    """The ids `[B, L]` that a mask `[B, L]` keeps, row by row."""
+    return [row[keep].tolist() for row, keep in zip(ids, mask.bool(), strict=True)]
+
+
 @dataclass(frozen=True)
 class _Group:
     """Sequences of one batch as `(context, row)`, with the prefix of each where pairs of them share one."""
@@ -135,27 +162,6 @@ class PurificationCollator:
                 groups.append([index])
         return groups
 
-    def shared_prefixes(self, prompt_ids: dict[str, list[list[int]]]) -> dict[int, tuple[int, ...]]:
-        """
-        Rows whose teacher and reference-only prompt begin with the same tokens.
-
-        Args:
-            prompt_ids (`dict[str, list[list[int]]]`):
-                Prompt ids of every row, by context.
-
-        Returns:
-            `dict[int, tuple[int, ...]]`: ids of the common prefix by row, where it is worth a forward of its own. The
-            last token of a prompt is never counted in: it predicts the first token of the completion.
-        """
-        prefixes = {}
-        pairs = zip(prompt_ids.get("teacher", []), prompt_ids.get("reference_only", []), strict=False)
-        for row, (teacher, reference_only) in enumerate(pairs):
-            both = zip(teacher[:-1], reference_only[:-1], strict=False)
-            common = sum(1 for _ in takewhile(lambda ids: ids[0] == ids[1], both))
-            if common >= MIN_SHARED_TOKENS:
-                prefixes[row] = tuple(teacher[:common])
-        return prefixes
-
     def scoring_batches(
         self,
         prompt_ids: dict[str, list[list[int]]],
@@ -188,7 +194,7 @@ class PurificationCollator:
             for context, prompts in prompt_ids.items()
             for row, prompt in enumerate(prompts)
         }
-        groups = self._groups(sequences, self.shared_prefixes(prompt_ids) if share_prefixes else {})
+        groups = self._groups(sequences, shared_prefixes(prompt_ids) if share_prefixes else {})
         own = sum(2 if group.prefixes else 1 for group in groups)
         missing = 0 if agree is None else agree(own) - own
         if missing > 0:

@@ -14,8 +14,8 @@ Shapes: N valid completion tokens, V vocabulary entries, H hidden units. Diverge
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -46,6 +46,29 @@ class FrozenStates:
     delta: Tensor | None = None
     teacher: Tensor | None = None
     reference_only: Tensor | None = None
+
+    @classmethod
+    def of_tokens(cls, inputs: Mapping[str, Tensor], valid: Tensor) -> FrozenStates:
+        """
+        Picks the states of the tokens that carry loss.
+
+        Args:
+            inputs (`Mapping[str, torch.Tensor]`):
+                Micro-batch with `"<state>_hidden"` of shape `[B, <= C, H]`: without the padding of
+                `pad_to_multiple_of`.
+            valid (`torch.Tensor` of shape `[B, C]`):
+                True at the N tokens.
+
+        Returns:
+            [`FrozenStates`]: on the device of `valid`.
+        """
+        states = {}
+        for field in fields(cls):
+            hidden = inputs.get(f"{field.name}_hidden")
+            if hidden is not None:
+                kept = valid[:, : hidden.shape[1]]
+                states[field.name] = hidden[kept.to(hidden.device)].to(valid.device)
+        return cls(**states)
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ def merge_without_drift(generation: Any) -> None:
 
 @contextmanager
 def _without_merging(model: Any) -> Iterator[None]:
-    """TRL's own merging of the whole model does nothing."""
+    """Disables TRL's own merging of the model."""
     model.merge_adapter = model.unmerge_adapter = lambda *_, **__: None
     try:
         yield
@@ -147,7 +147,7 @@ def _changed_by(layer: Any) -> list[str]:
 
 @contextmanager
 def _merged(layer: Any, parameter: str) -> Iterator[torch.Tensor]:
-    """A whole parameter of one layer with its adapter; afterwards the base is the very one it was."""
+    """One parameter of a layer with its adapter merged; afterwards the base weight is bit for bit what it was."""
     base = layer.get_base_layer()
     kept = {name: getattr(base, name).data.clone() for name in _changed_by(layer)}
     layer.merge()

@@ -15,13 +15,17 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from transformers import DynamicCache, TrainerCallback
+from transformers.utils import logging
 from trl.trainer.utils import use_adapter
 
-from .backbone import backbone, keep_trainable_4bit, last_hidden_states, without_dropout
-from .collator import ScoringBatch
+from .backbone import backbone, keep_trainable_4bit, last_hidden_states, why_not_shareable, without_dropout
+from .collator import ScoringBatch, shared_prefixes
 from .head import LMHead
 from .scores import ScoringStats, TeacherScores
 from .self_teacher import EMATeacher, StudentTrainer, check_combination, load_frozen_copy
+
+
+logger = logging.get_logger(__name__)
 
 
 class TeacherScoringCallback(TrainerCallback):
@@ -156,11 +160,12 @@ class TeacherScoringCallback(TrainerCallback):
         device = torch.device("cpu") if self.trainer.args.offload_scores else accelerator.device
         lengths = torch.tensor([len(ids) for ids in completion_ids], device=device)
         mask = torch.arange(int(lengths.max()), device=device) < lengths.unsqueeze(1)
-        batches = self.trainer.scoring_batches(prompt_ids, completion_ids)
         hidden: dict[str, torch.Tensor] = {}
         finite: list[torch.Tensor] = []
         with self.frozen_model() as (wrapped, unwrapped), torch.no_grad(), accelerator.autocast():
             head = LMHead.from_model(unwrapped)
+            share_prefixes = self._shares_prefixes(unwrapped, prompt_ids)
+            batches = self.trainer.scoring_batches(prompt_ids, completion_ids, share_prefixes)
             for batch in batches:
                 states = self._forward(wrapped, unwrapped, batch)
                 finite.append(_scatter(states, batch, hidden, mask))
@@ -172,6 +177,15 @@ class TeacherScoringCallback(TrainerCallback):
             seconds=time.perf_counter() - started,
         )
         return TeacherScores(hidden, mask, head, self.trainer.temperature, stats)
+
+    def _shares_prefixes(self, model: Any, prompt_ids: dict[str, list[list[int]]]) -> bool:
+        """Whether prefixes are to be run once; warns where the prompts have some but the model cannot."""
+        if not self.trainer.args.share_reference_prefix:
+            return False
+        reason = why_not_shareable(model)
+        if reason is not None and shared_prefixes(prompt_ids):
+            logger.warning_once(f"Teacher and reference-only prompts begin alike but are scored separately: {reason}.")
+        return reason is None
 
     def _forward(self, wrapped: torch.nn.Module, unwrapped: Any, batch: ScoringBatch) -> torch.Tensor:
         """Hidden states `[b, n, H]` that predict the last n columns of the batch, all completions among them."""

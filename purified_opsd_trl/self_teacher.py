@@ -31,7 +31,7 @@ from .errors import InputError
 
 logger = logging.getLogger(__name__)
 
-# LoRA initialisations that also change the base weights: with the adapter disabled they are not the initial policy
+# LoRA initializations that also change the base weights: with the adapter disabled they are not the initial policy
 INITS_THAT_MOVE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -50,9 +50,9 @@ class StudentTrainer(Protocol):
         """Adds a callback to the trainer's."""
 
     def scoring_batches(
-        self, prompt_ids: dict[str, list[list[int]]], completion_ids: list[list[int]]
+        self, prompt_ids: dict[str, list[list[int]]], completion_ids: list[list[int]], share_prefixes: bool
     ) -> list[ScoringBatch]:
-        """Arranges sequences into batches, the same number of forwards on every process."""
+        """Arranges sequences for scoring, in the same number of forwards on every process."""
 
     def run_inside(self, wrapped: torch.nn.Module, unwrapped: Any, function: Callable[..., Any], *args: Any) -> Any:
         """Calls a function inside the forward of a wrapped model, where sharded parameters are gathered."""
@@ -63,21 +63,9 @@ class StudentTrainer(Protocol):
 
 def load_frozen_copy(trainer: StudentTrainer, model_path: str | None) -> Any:
     """
-    A second model that scores, sharded like the student and without optimizer state.
+    Loads a second model that scores: `teacher_model_name_or_path`, else what the student was loaded from.
 
-    Args:
-        trainer ([`StudentTrainer`]):
-            The trainer.
-        model_path (`str`, *optional*):
-            Where the student was loaded from; `None` if it was passed as an instance. `teacher_model_name_or_path`
-            takes precedence.
-
-    Returns:
-        `torch.nn.Module`: what DeepSpeed or FSDP made of the model; the model itself elsewhere.
-
-    Raises:
-        `InputError`: if there is no path and the student's weights are sharded already, or if the vocabularies
-            differ.
+    Returns what DeepSpeed or FSDP made of it, sharded like the student and without optimizer state.
     """
     teacher = _load(trainer, model_path)
     student_vocab = trainer.model.config.get_text_config().vocab_size
@@ -135,30 +123,19 @@ def _shard_with_fsdp2(teacher: PreTrainedModel, accelerator: Accelerator) -> Any
 
 
 def check_combination(trainer: StudentTrainer, is_peft: bool) -> None:
-    """
-    Refuses what cannot work, before anything is sharded.
-
-    Args:
-        trainer ([`StudentTrainer`]):
-            The trainer.
-        is_peft (`bool`):
-            Whether the student carries an adapter.
-
-    Raises:
-        `InputError`: with the reason and the nearest combination that works.
-    """
+    """Refuses what cannot work, before anything is sharded, and names the nearest combination that works."""
     state, kind = trainer.accelerator.state, trainer.args.teacher_model_kind
     fsdp = getattr(state, "fsdp_plugin", None)
     if fsdp is not None and fsdp.fsdp_version == 1:
         raise InputError(
             "FSDP version 1 flattens the parameters of a layer into one, so neither the output head nor a frozen "
-            "copy can be read apart. Set `fsdp_version: 2`, as recipes/accelerate_configs/fsdp2.yaml does."
+            "copy can be read separately. Set `fsdp_version: 2`, as recipes/accelerate_configs/fsdp2.yaml does."
         )
     parallelism = getattr(trainer.accelerator, "parallelism_config", None)
     if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
         raise InputError(
-            "Context and sequence parallelism split a sequence between processes, but scoring needs whole "
-            "completions. Use ZeRO-3 or FSDP2 with `gradient_checkpointing` and a smaller `scoring_token_budget`."
+            "Context and sequence parallelism split a sequence between processes, but scoring needs complete "
+            "sequences. Use ZeRO-3 or FSDP2 with `gradient_checkpointing` and a smaller `scoring_token_budget`."
         )
     if kind == "base" and is_peft and trainer.args.teacher_model_name_or_path is None:
         _check_adapter_can_be_disabled(trainer.model)
@@ -198,7 +175,7 @@ def _check_adapter_can_be_disabled(model: Any) -> None:
         if isinstance(init, str) and init.lower().startswith(INITS_THAT_MOVE_THE_BASE):
             raise InputError(
                 f"`init_lora_weights={init!r}` of adapter `{name}` changes the base weights, so the model under the "
-                "disabled adapter is not the initial policy. Use the default initialisation, or set "
+                "disabled adapter is not the initial policy. Use the default initialization, or set "
                 "`teacher_model_name_or_path` to the original model."
             )
         if getattr(config, "bias", "none") != "none":
@@ -226,14 +203,14 @@ class EMATeacher(TrainerCallback):
     average <- average + teacher_update_rate * (student - average)     every `teacher_sync_steps` optimizer steps
     ```
 
-    It starts at the initial policy. Each process averages its own shard of each parameter, whatever the backend, so
-    that nothing is gathered. It is kept in fp32: in bf16 an update of a few hundredths of a small step rounds to none.
+    It starts at the initial policy. Each process averages its own shard of each parameter, so that nothing is
+    gathered. The average is kept in fp32: in bf16 a small step times the update rate would round to zero.
 
     Args:
         trainer ([`StudentTrainer`]):
             The trainer.
         teacher (`torch.nn.Module`, *optional*):
-            Frozen copy that holds the averaged weights; `None` if they are put in the student's place for scoring.
+            Frozen copy that holds the averaged weights; `None` if they take the student's place for scoring.
     """
 
     def __init__(self, trainer: StudentTrainer, teacher: Any | None):
@@ -258,13 +235,7 @@ class EMATeacher(TrainerCallback):
 
     @contextmanager
     def in_place_of(self, student: Any) -> Iterator[None]:
-        """
-        Puts the averaged weights into the student, and its own back on leaving, bit by bit.
-
-        Args:
-            student (`torch.nn.Module`):
-                The unwrapped student.
-        """
+        """Puts the averaged weights into the unwrapped student, and its own back, bit for bit, on leaving."""
         shards = _shards(student)
         own = {name: shards[name].clone() for name in self.averages}
         _write(self.averages, shards)
@@ -274,28 +245,12 @@ class EMATeacher(TrainerCallback):
             _write(own, _shards(student))  # drops what was gathered from the averages in between
 
     def save(self, checkpoint: str) -> None:
-        """
-        Writes the averages: a file a process where weights are sharded, one file elsewhere.
-
-        Args:
-            checkpoint (`str`):
-                Folder of the checkpoint.
-        """
+        """Writes the averages: one file per process where weights are sharded, one file elsewhere."""
         if self._is_sharded() or self.trainer.args.should_save:
             save_file({name: shard.cpu() for name, shard in self.averages.items()}, self._file(checkpoint))
 
     def load(self, checkpoint: str) -> None:
-        """
-        Restores the averages.
-
-        Args:
-            checkpoint (`str`):
-                Folder of the checkpoint.
-
-        Raises:
-            `InputError`: if the checkpoint was written with another kind of teacher, or sharded over another number of
-                processes.
-        """
+        """Restores the averages; refuses those of another kind of teacher or another number of processes."""
         file = self._file(checkpoint)
         if not file.is_file():
             raise InputError(
@@ -333,11 +288,7 @@ class EMATeacher(TrainerCallback):
 
 
 def _shards(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """
-    This process's part of each parameter, by name: views, so that writing to them changes the model.
-
-    Gathered copies are dropped first: a change of the shards would not reach them.
-    """
+    """This process's part of each parameter, as views; gathered copies, which would not follow, are dropped first."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -15,13 +15,12 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import IterableDataset
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
-from transformers.utils import logging
 from trl import DistillationTrainer
 from trl.trainer.utils import get_config_model_id
 
-from .backbone import context_length, last_hidden_states, why_not_shareable
+from .backbone import context_length, last_hidden_states
 from .checkpoints import WholeCheckpoints
-from .collator import PurificationCollator, ScoringBatch
+from .collator import PurificationCollator, ScoringBatch, unpad
 from .config import PurifiedOPSDConfig
 from .contexts import Contexts, Prompt, build_contexts
 from .dataset import AnyDataset, ReferenceLimit, check_columns, prepare_dataset
@@ -42,9 +41,6 @@ from .scoring import TeacherScoringCallback
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
-
-
-logger = logging.get_logger(__name__)
 
 
 class PurifiedOPSDTrainer(WholeCheckpoints, DistillationTrainer):
@@ -177,18 +173,19 @@ class PurifiedOPSDTrainer(WholeCheckpoints, DistillationTrainer):
             max_tokens=args.scoring_token_budget,
             pad_to_multiple_of=self.pad_to_multiple_of,  # type: ignore[arg-type]  # "auto" is resolved by the config
         )
-        self.loss_settings = args.loss_settings
-        # A subclass that brings its own target gets full logits, chunk by chunk; the fused algebra is not its own
-        self._has_custom_target = type(self).target_logits is not PurifiedOPSDTrainer.target_logits
-        head = LMHead.from_model(self.model)
-        # What of the frozen states the loss reads, decided once
-        self._states = required_states(self.loss_settings, head.linear, self._has_custom_target)
-        self._unshareable = why_not_shareable(self.model)
-        self._loss_sums: dict[str, torch.Tensor] = {}
-        self._token_means = {"train": TokenMeans(), "eval": TokenMeans()}
+        self._set_up_loss()
         self._add_monitors()
         self._prepare_datasets()
         self.scoring_callback.attach(self, model if isinstance(model, str) else None)
+
+    def _set_up_loss(self) -> None:
+        self.loss_settings = self.args.loss_settings
+        # A subclass with a target of its own gets full logits, chunk by chunk; the fused algebra does not cover it
+        custom = type(self).target_logits is not PurifiedOPSDTrainer.target_logits
+        self._custom_target = self.target_logits if custom else None
+        self._states = required_states(self.loss_settings, LMHead.from_model(self.model).linear, custom)
+        self._loss_sums: dict[str, torch.Tensor] = {}
+        self._token_means = {"train": TokenMeans(), "eval": TokenMeans()}
 
     # Data ------------------------------------------------------------------------------------------------------------
 
@@ -284,7 +281,7 @@ class PurifiedOPSDTrainer(WholeCheckpoints, DistillationTrainer):
 
     def _observe(self, rows: list[dict[str, Any]], output: dict[str, Any], mode: str) -> None:
         """Shows the rollouts to the monitors: what the student wrote, without tool results."""
-        ids = _unpad(output["completion_ids"], _loss_mask(output))
+        ids = unpad(output["completion_ids"], _loss_mask(output))
         texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
         training = mode == "train"
         # Looked up, as a resumed run may hold other instances than the ones that were added
@@ -332,62 +329,25 @@ class PurifiedOPSDTrainer(WholeCheckpoints, DistillationTrainer):
 
     def _score(self, contexts: list[Contexts], output: dict[str, Any]) -> TeacherScores:
         prompt_ids = {"teacher": self._tokenize_teacher_prompts([c.teacher for c in contexts])}
-        if self.loss_settings.target == "purified" or self._has_custom_target:
-            prompt_ids["base"] = _unpad(output["prompt_ids"], output["prompt_mask"])  # the very ids the student saw
-        if "base" in prompt_ids or self.decomposition_monitor.due:
+        if "base" in self._states:
+            prompt_ids["base"] = unpad(output["prompt_ids"], output["prompt_mask"])  # the very ids the student saw
+        if "base" in self._states or self.decomposition_monitor.due:
             prompt_ids["reference_only"] = self._tokenize_teacher_prompts([c.reference_only for c in contexts])
-        completion_ids = _unpad(output["completion_ids"], output["completion_mask"])
-        return self.scoring_callback.score(prompt_ids, completion_ids)
+        return self.scoring_callback.score(prompt_ids, unpad(output["completion_ids"], output["completion_mask"]))
 
     def scoring_batches(
-        self, prompt_ids: dict[str, list[list[int]]], completion_ids: list[list[int]]
+        self, prompt_ids: dict[str, list[list[int]]], completion_ids: list[list[int]], share_prefixes: bool
     ) -> list[ScoringBatch]:
-        """
-        Arranges the sequences of a generation batch for scoring. Every process must call it.
+        """Arranges sequences for scoring, in the same number of forwards on every process."""
 
-        Args:
-            prompt_ids (`dict[str, list[list[int]]]`):
-                Prompt ids of the B rows, by context.
-            completion_ids (`list[list[int]]`):
-                Completion ids of the B rows.
+        def largest(own: int) -> int:
+            return int(self.accelerator.gather(torch.tensor([own], device=self.accelerator.device)).max())
 
-        Returns:
-            `list[ScoringBatch]`: with the same number of forwards on every process.
-        """
-        return self.purification_collator.scoring_batches(
-            prompt_ids, completion_ids, share_prefixes=self._shares_prefixes(prompt_ids), agree=self._most_forwards
-        )
-
-    def _shares_prefixes(self, prompt_ids: dict[str, list[list[int]]]) -> bool:
-        if self._unshareable is None or not self.args.share_reference_prefix:
-            return self.args.share_reference_prefix
-        if self.purification_collator.shared_prefixes(prompt_ids):
-            logger.warning_once(
-                f"Teacher and reference-only prompts begin alike but are scored separately: {self._unshareable}."
-            )
-        return False
-
-    def _most_forwards(self, own: int) -> int:
-        """Largest number of forwards of any process."""
-        if self.accelerator.num_processes == 1:
-            return own
-        return int(self.accelerator.gather(torch.tensor([own], device=self.accelerator.device)).max())
+        agree = largest if self.accelerator.num_processes > 1 else None
+        return self.purification_collator.scoring_batches(prompt_ids, completion_ids, share_prefixes, agree)
 
     def run_inside(self, wrapped: torch.nn.Module, unwrapped: Any, function: Callable[..., Any], *args: Any) -> Any:
-        """
-        Calls a function inside the forward of a wrapped model, where DDP, FSDP or DeepSpeed gather its parameters.
-
-        Args:
-            wrapped (`torch.nn.Module`):
-                What DDP, FSDP or DeepSpeed made of the model, or the model itself.
-            unwrapped (`torch.nn.Module`):
-                The model.
-            function (`Callable`):
-                Function to call with `args`.
-
-        Returns:
-            What the function returns.
-        """
+        """Calls a function inside the forward of what DDP, FSDP or DeepSpeed made of a model."""
         return self._forward_redirection(wrapped, unwrapped, function, *args)
 
     # Loss ------------------------------------------------------------------------------------------------------------
@@ -459,7 +419,7 @@ class PurifiedOPSDTrainer(WholeCheckpoints, DistillationTrainer):
             self.decomposition_monitor.measure(student_hidden, student_head, frozen_head, inputs)
             normalizer = num_tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
             weights = (1.0 / torch.as_tensor(normalizer, dtype=torch.float32, device=device)).expand(int(num_tokens))
-            student_states, frozen_states = student_hidden.to(device)[valid], _frozen_states(inputs, valid)
+            student_states, frozen_states = student_hidden.to(device)[valid], FrozenStates.of_tokens(inputs, valid)
             started = clock(device)
             result = token_loss(
                 student_states,
@@ -469,7 +429,7 @@ class PurifiedOPSDTrainer(WholeCheckpoints, DistillationTrainer):
                 weights,
                 self.loss_settings,
                 labels=inputs["completion_ids"].to(device)[valid],
-                target_logits=self.target_logits if self._has_custom_target else None,
+                target_logits=self._custom_target,
             )
         self._loss_sums = loss_sums(result, num_tokens, clock(device) - started)
         return result.loss, result.student_entropy.sum(), num_tokens
@@ -494,22 +454,7 @@ def _named_datasets(
         yield "eval_dataset", eval_dataset
 
 
-def _unpad(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:
-    return [row[keep].tolist() for row, keep in zip(ids, mask.bool(), strict=True)]
-
-
 def _loss_mask(inputs: Mapping[str, Any]) -> torch.Tensor:
     """`[B, C]`: 1 at the tokens that the student wrote."""
     mask = inputs["completion_mask"]
     return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
-
-
-def _frozen_states(inputs: dict[str, Any], valid: torch.Tensor) -> FrozenStates:
-    """Picks the frozen states of the tokens that carry loss; `valid` is `[B, C]`."""
-    states = {}
-    for name in ("base", "delta", "teacher", "reference_only"):
-        hidden = inputs.get(f"{name}_hidden")  # [B, <= C, H]: scored without the padding of `pad_to_multiple_of`
-        if hidden is not None:
-            kept = valid[:, : hidden.shape[1]]
-            states[name] = hidden[kept.to(hidden.device)].to(valid.device)
-    return FrozenStates(**states)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from purified_opsd_trl import PurificationCollator
-from purified_opsd_trl.collator import ScoringBatch
+from purified_opsd_trl.collator import ScoringBatch, shared_prefixes
 
 
 PROMPTS = {"base": [[1, 2], [3]], "teacher": [[4, 5, 6, 7], [8, 9, 10]]}
@@ -98,9 +98,9 @@ WHOLE = {
 def test_a_shared_prefix_is_found_on_token_ids_and_leaves_a_token_of_each_prompt() -> None:
     collator = PurificationCollator(0, max_sequences=8)
     # row 2 shares 255 tokens, below the threshold; row 3 shares all 300, of which the last one is kept back
-    lengths = {row: len(prefix) for row, prefix in collator.shared_prefixes(SHARING).items()}
+    lengths = {row: len(prefix) for row, prefix in shared_prefixes(SHARING).items()}
     assert lengths == {0: 400, 1: 258, 3: 299}
-    assert collator.shared_prefixes({"teacher": SHARING["teacher"]}) == {}
+    assert shared_prefixes({"teacher": SHARING["teacher"]}) == {}
 
 
 @pytest.mark.parametrize("most", [1, 2, 4, 6, 100])

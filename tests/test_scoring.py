@@ -335,7 +335,7 @@ def test_a_model_that_cannot_continue_a_prefix_is_scored_apart_and_says_so_once(
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     model = make_model(rope_parameters=rope)
     trainer = build_trainer(model, tokenizer, conversational_dataset, arguments)
-    with caplog.at_level(logging.WARNING, logger="purified_opsd_trl.trainer"):
+    with caplog.at_level(logging.WARNING, logger="purified_opsd_trl.scoring"):
         trainer.scoring_callback.score(PROMPTS, COMPLETIONS)
         assert not caplog.messages  # nothing to share, nothing to say
         stats = [trainer.scoring_callback.score(SHARING, WRITTEN).stats for _ in range(2)]
