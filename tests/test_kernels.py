@@ -282,7 +282,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 @gpu
 @needs_cuda
 def test_triton_twin_compiled() -> None:
-    assert check_triton("cuda", [(3, 17, 3.0), (5, 1000, 3.0), (3, 32003, 3.0), (2, 5000, 3e3)]) == 56
+    assert check_triton("cuda", [(3, 17, 3.0), (5, 1008, 3.0), (3, 32003, 3.0), (2, 5000, 3e3)]) == 56
 
 
 @gpu
@@ -359,7 +359,7 @@ def main() -> None:
     from purified_opsd_trl.kernels import triton_rows
 
     triton_rows._BLOCK = 64  # ragged tiles, at a size the interpreter gets through
-    print(f"{check_triton('cpu', [(2, 17, 3.0), (1, 300, 3.0), (1, 100, 3e3)])} cases agree")
+    print(f"{check_triton('cpu', [(2, 17, 3.0), (1, 304, 3.0), (1, 100, 3e3)])} cases agree")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -162,23 +162,16 @@ class Offline:
 
 
 @dataclass(frozen=True)
-class Loop:
-    """One loop of a kernel: instructions per entry of a row, width of its loads, exchanges between threads."""
-
-    instructions: float
-    load_words: int
-    exchanges: int
-
-
-@dataclass(frozen=True)
 class Report:
     """Resources of one compiled kernel; `blocks` are resident on one multiprocessor at a time."""
 
     registers: int
     spills: int
-    shared: int
+    shared: int  # bytes
     blocks: int
-    loops: tuple[Loop, ...] = ()
+    load_bytes: int  # of the narrowest load in the loops
+    instructions: tuple[float, ...] = ()  # of each loop, per entry of a row; not for AMD
+    exchanges: int = 0  # between threads, in the loops; not for AMD
 
 
 def compiled(arguments: tuple[Any, ...], target: GPUTarget) -> Any:
@@ -189,6 +182,10 @@ def compiled(arguments: tuple[Any, ...], target: GPUTarget) -> Any:
     driver.set_active(Offline(target))
     try:
         return triton_rows._divergence_kernel.warmup(*kernel_arguments, grid=(1,), **options)
+    except Exception as error:
+        if "ld.lld not found" in str(error):  # Triton 3.4, which torch 2.8 asks for, lacks a linker for AMD
+            pytest.skip(str(error))
+        raise
     finally:
         if torch.cuda.is_available():
             driver.reset_active()
@@ -203,7 +200,9 @@ def report_of(kernel: Any, tensors: int) -> Report:
         registers = found["vgpr_count"]
         waves = min(8, 512 // (-(-registers // 8) * 8))  # per SIMD, of which a compute unit has four
         spills = found["vgpr_spill_count"] + found["sgpr_spill_count"] + found["private_segment_fixed_size"]
-        return Report(registers, spills, kernel.metadata.shared, 4 * waves // kernel.metadata.num_warps)
+        loads = re.findall(r"(?:buffer|global)_load_dword(?:x(\d))?\s", text)
+        load_bytes = 4 * min(int(words or 1) for words in loads)
+        return Report(registers, spills, kernel.metadata.shared, 4 * waves // kernel.metadata.num_warps, load_bytes)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -212,8 +211,9 @@ def report_of(kernel: Any, tensors: int) -> Report:
     instructions = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)]
     local = sum(" STL" in f" {text}" or " LDL" in f" {text}" for _, text in instructions)
     blocks = min(2048 // threads, 65536 // (-(-found["REG"] // 8) * 8 * threads))
-    loops = tuple(_loops(instructions, tensors))
-    return Report(found["REG"], found["STACK"] + found["LOCAL"] + local, kernel.metadata.shared, blocks, loops)
+    loads, counts, exchanges = zip(*_loops(instructions, tensors), strict=True)
+    spills = found["STACK"] + found["LOCAL"] + local
+    return Report(found["REG"], spills, kernel.metadata.shared, blocks, 4 * min(loads), counts, sum(exchanges))
 
 
 def _cuobjdump(option: str, path: str) -> str:
@@ -221,7 +221,8 @@ def _cuobjdump(option: str, path: str) -> str:
     return subprocess.run([binary, option, path], capture_output=True, text=True, check=True).stdout
 
 
-def _loops(instructions: list[tuple[int, str]], tensors: int) -> Iterator[Loop]:
+def _loops(instructions: list[tuple[int, str]], tensors: int) -> Iterator[tuple[int, float, int]]:
+    """Words of the narrowest load, instructions per entry and exchanges between threads, of each loop that loads."""
     for end, text in instructions:
         branch = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
         if branch is None or int(branch[1], 16) >= end:
@@ -230,7 +231,7 @@ def _loops(instructions: list[tuple[int, str]], tensors: int) -> Iterator[Loop]:
         widths = [LDG_WORDS[re.search(r"LDG\.E\.?(\d*)", text)[1]] for text in body if "LDG" in text]  # type: ignore[index]
         exchanges = sum(bool(re.search(r"\b(SHFL|BAR|LDS|STS)\b", text)) for text in body)
         if widths:  # four entries of every tensor, or a multiple of it where the compiler unrolled the loop
-            yield Loop(len(body) / (sum(widths) / tensors), min(widths), exchanges)
+            yield min(widths), len(body) / (sum(widths) / tensors), exchanges
             tensors = 2
 
 
@@ -241,11 +242,11 @@ def check(name: str, chosen: list[Variant], variants: dict[Variant, tuple[Any, .
         assert report.blocks >= 2, what
         assert report.spills == 0, what
         assert report.shared <= 1024, what  # for the sums after a pass, none for a change of layout
-        assert not any(loop.exchanges for loop in report.loops), what
-        if name != "gfx942":
+        assert report.load_bytes == (16 if variant.alignment == "aligned" else 4), what
+        assert report.exchanges == 0, what
+        if TARGETS[name].backend == "cuda":
             passes = 1 + (variant.mode != "forward KL" or variant.kl_clip) + (variant.grad is not None)
-            assert len(report.loops) == passes, what
-            assert all(loop.load_words == (4 if variant.alignment == "aligned" else 1) for loop in report.loops), what
+            assert len(report.instructions) == passes, what
 
 
 def selection(name: str) -> list[Variant]:
@@ -319,9 +320,8 @@ def main() -> None:
         kernel = compiled(found[Variant(mode, TILTS[0], False, torch.bfloat16, alignment)], TARGETS[name])
         report = report_of(kernel, 3)
         threads = kernel.metadata.num_warps * TARGETS[name].warp_size
-        counts = " + ".join(f"{loop.instructions:.0f}" for loop in report.loops) or "-"
-        width = str(4 * min(loop.load_words for loop in report.loops)) if report.loops else "-"
-        cells = (threads, report.registers, report.spills, report.shared, report.blocks, width, counts)
+        counts = " + ".join(f"{count:.0f}" for count in report.instructions) or "-"
+        cells = (threads, *astuple(report)[:5], counts)
         print(f"| {name}, {alignment} | {mode} |", " | ".join(map(str, cells)), "|", flush=True)
 
 
