@@ -4,6 +4,7 @@ The backbone of a causal language model: everything below its output head.
 Shapes: `b` sequences, `L` padded length, `H` hidden size.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,8 +30,33 @@ def last_hidden_states(model: Any, input_ids: torch.Tensor, attention_mask: torc
     Returns:
         `torch.Tensor` of shape `[b, count, H]`: position `i` holds the state that predicts column `L - count + i`.
     """
-    outputs = backbone(model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    body = backbone(model)
+    positions = position_ids(body, attention_mask, input_ids.shape[1])
+    outputs = body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
     return outputs.last_hidden_state[:, :-1][:, -count:]
+
+
+def position_ids(body: Any, attention_mask: torch.Tensor, count: int) -> dict[str, torch.Tensor]:
+    """
+    Keyword argument `position_ids` `[b, count]` of the last columns: positions among the tokens, without the padding.
+
+    Models with absolute positions (GPT-2 and others) number the columns otherwise, so that padding on the left would
+    change what they compute. Empty for a backbone that takes no such argument.
+
+    Args:
+        body (`torch.nn.Module`):
+            Backbone.
+        attention_mask (`torch.Tensor` of shape `[b, L]`):
+            1 for tokens, 0 for padding; with a cache, over cached and new columns.
+        count (`int`):
+            Number of columns of this forward.
+
+    Returns:
+        `dict[str, torch.Tensor]`
+    """
+    if "position_ids" not in inspect.signature(body.forward).parameters:
+        return {}
+    return {"position_ids": (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -count:]}
 
 
 def backbone(model: Any) -> Any:

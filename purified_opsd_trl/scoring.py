@@ -18,7 +18,14 @@ from transformers import DynamicCache, TrainerCallback
 from transformers.utils import logging
 from trl.trainer.utils import use_adapter
 
-from .backbone import backbone, keep_trainable_4bit, last_hidden_states, why_not_shareable, without_dropout
+from .backbone import (
+    backbone,
+    keep_trainable_4bit,
+    last_hidden_states,
+    position_ids,
+    why_not_shareable,
+    without_dropout,
+)
 from .collator import ScoringBatch, shared_prefixes
 from .head import LMHead
 from .scores import ScoringStats, TeacherScores
@@ -198,8 +205,9 @@ class TeacherScoringCallback(TrainerCallback):
         cache = DynamicCache(config=unwrapped.config)  # of the prefixes, then of sequences that continue them
 
         def continued(ids: torch.Tensor, mask: torch.Tensor, first: int) -> torch.Tensor:
-            model = backbone(unwrapped)
-            outputs = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+            body = backbone(unwrapped)
+            positions = position_ids(body, mask, ids.shape[1])
+            outputs = body(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **positions)
             return outputs.last_hidden_state[:, first - 1 : -1]
 
         # Each forward enters the wrapper on its own, as those without a prefix do; the cache never passes through it

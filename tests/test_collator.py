@@ -96,7 +96,6 @@ WHOLE = {
 
 
 def test_a_shared_prefix_is_found_on_token_ids_and_leaves_a_token_of_each_prompt() -> None:
-    collator = PurificationCollator(0, max_sequences=8)
     # row 2 shares 255 tokens, below the threshold; row 3 shares all 300, of which the last one is kept back
     lengths = {row: len(prefix) for row, prefix in shared_prefixes(SHARING).items()}
     assert lengths == {0: 400, 1: 258, 3: 299}
