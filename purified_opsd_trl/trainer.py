@@ -100,6 +100,8 @@ class PurifiedOPSDTrainer(WholeCheckpoints, DistillationTrainer):
             Scores completions with the self-teacher.
         purification_collator ([`PurificationCollator`], *optional*):
             Builds scoring batches and training tensors.
+        teacher_model (`None`, *optional*):
+            Refused: the model is its own teacher.
     """
 
     args: PurifiedOPSDConfig
@@ -136,12 +138,14 @@ class PurifiedOPSDTrainer(WholeCheckpoints, DistillationTrainer):
         tools: list[Callable[..., Any]] | None = None,
         scoring_callback: TeacherScoringCallback | None = None,
         purification_collator: PurificationCollator | None = None,
+        teacher_model: None = None,
     ):
         if args is None:
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = PurifiedOPSDConfig(f"{model_name.split('/')[-1]}-Purified-OPSD")
         if not isinstance(args, PurifiedOPSDConfig):
             raise InputError(f"`args` must be a PurifiedOPSDConfig, got {type(args).__name__}.")
+        _refuse_unusable(args, teacher_model)
         for name, dataset in _named_datasets(train_dataset, eval_dataset):
             check_columns(dataset, name, args.reference_column)  # before the model is loaded
         if args.use_vllm:
@@ -441,6 +445,27 @@ class PurifiedOPSDTrainer(WholeCheckpoints, DistillationTrainer):
 
     def _send_telemetry(self) -> None:
         """No network call that the user did not ask for: TRL's usage ping is not sent."""
+
+
+def _refuse_unusable(args: PurifiedOPSDConfig, teacher_model: Any) -> None:
+    """Refuses arguments of TRL's trainer that a self-teacher cannot honor."""
+    if teacher_model is not None:
+        raise InputError(
+            "The model is its own teacher, so `teacher_model` is not taken. To score with other weights, set "
+            "`teacher_model_name_or_path` in the config, or pass a `scoring_callback` that overrides `frozen_model`."
+        )
+    if args.teacher_model_name_or_path is None:
+        for name in ("teacher_model_init_kwargs", "teacher_model_revision"):
+            if getattr(args, name) is not None:
+                raise InputError(
+                    f"`{name}` has no effect without `teacher_model_name_or_path`. The self-teacher is loaded like the "
+                    "student: set `model_init_kwargs`, or name the teacher."
+                )
+    if (args.generation_kwargs or {}).get("num_return_sequences", 1) != 1:
+        raise InputError(
+            "`generation_kwargs`: one completion is sampled per prompt, so `num_return_sequences` must be 1. Repeat "
+            "rows of the dataset to sample several."
+        )
 
 
 def _named_datasets(

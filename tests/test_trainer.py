@@ -689,3 +689,18 @@ def test_the_config_survives_a_round_trip(arguments: dict[str, Any]) -> None:
     assert config.teacher_chat_template_kwargs == {"enable_thinking": False}
     assert config.pmi_clip is None
     assert json.loads(config.to_json_string())["target"] == "purified"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"teacher_model_init_kwargs": {"dtype": "float32"}}, "`teacher_model_init_kwargs` has no effect without"),
+        ({"teacher_model_revision": "main"}, "`teacher_model_revision` has no effect without"),
+        ({"generation_kwargs": {"num_return_sequences": 2}}, "`num_return_sequences` must be 1"),
+        ({"trainer_kwargs": {"teacher_model": "a/teacher"}}, "set `teacher_model_name_or_path` in the config"),
+    ],
+    ids=["init_kwargs", "revision", "num_return_sequences", "teacher_model"],
+)
+def test_arguments_that_a_self_teacher_cannot_honor(build: Build, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        build(**fields)
