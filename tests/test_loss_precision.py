@@ -9,7 +9,7 @@ from torch import Tensor
 
 from purified_opsd_trl.kernels.settings import LossSettings
 from tests import reference
-from tests.loss_cases import Case, fused_loss, make_case, oracle_loss, relative_error
+from tests.loss_cases import METRICS, Case, fused_loss, make_case, oracle_loss, relative_error
 
 
 # Precision -----------------------------------------------------------------------------------------------------------
