@@ -75,7 +75,7 @@ def test_the_commit_is_that_of_a_checkout(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(env, "__file__", str(package / "env.py"))
     assert env.commit() is None  # no commit yet
     git(tmp_path, "commit", "--quiet", "--message=first")
-    git(tmp_path, "tag", "v1")
+    git(tmp_path, "tag", "--annotate", "--message=first", "v1")
     head = git(tmp_path, "rev-parse", "--short=12", "HEAD")
     assert env.commit() == head
     (package / "env.py").write_text("changed")
