@@ -68,7 +68,7 @@ class CommandParser(TrlParser):
         """
         parsed, *left = self.parse_known(argv)
         for word in (word for words in left for word in words):
-            self.error(f"`{word}` belongs to no option. Lists are separated by spaces and follow their option.")
+            raise InputError(f"`{word}` belongs to no option. Lists are separated by spaces and follow their option.")
         return parsed
 
     def parse_known(self, argv: Sequence[str]) -> tuple[tuple[Any, ...], list[str], list[str]]:
@@ -90,7 +90,7 @@ class CommandParser(TrlParser):
             if word.startswith("--") and word != "--config" and " " not in word:
                 self._check_name(_name(word))
         if words.count("--config") > 1 or words[-1:] == ["--config"]:
-            self.error("`--config` takes one file, and is given once.")
+            raise InputError("`--config` takes one file, and is given once.")
         if "--config" in words:
             read_yaml(words[words.index("--config") + 1])  # TRL reads it again, without these checks
         try:
@@ -126,10 +126,10 @@ class CommandParser(TrlParser):
     def _check_name(self, name: str) -> None:
         """Refuses a name that is outdated or that nobody knows."""
         if name in self.renamed:
-            self.error(f"`{name}` is now called `{self.renamed[name]}`.")
+            raise InputError(f"`{name}` is now called `{self.renamed[name]}`.")
         if name not in self.known:
             near = difflib.get_close_matches(name, sorted(self.known), n=1)
-            self.error(f"There is no option `{name}`.{f' Did you mean `{near[0]}`?' if near else ''}")
+            raise InputError(f"There is no option `{name}`.{f' Did you mean `{near[0]}`?' if near else ''}")
 
 
 def _name(option: str) -> str:

@@ -53,7 +53,8 @@ def results_from_logs(logs: Sequence[tuple[Path, dict[str, Any]]], label: str | 
     """
     counter = MarkerCounter()
     records: list[dict[str, Any]] = []
-    benchmarks, epochs, scorers, models = [], set(), set(), set()
+    benchmarks: list[Benchmark] = []
+    epochs, scorers, models = set(), set(), set()
     for path, log in logs:
         if log["status"] != "success" or not log.get("samples"):
             raise InputError(f"`compare`: {path} is no finished evaluation (status `{log['status']}`) with samples.")
@@ -64,7 +65,7 @@ def results_from_logs(logs: Sequence[tuple[Path, dict[str, Any]]], label: str | 
         scorer = next(iter(log["samples"][0].get("scores") or {}), "")
         drawn = list(_records(path, log["samples"], task, scorer, counter))
         problems = {s["id"]: Problem(str(s["id"]), _text(s["input"]), _text(s["target"])) for s in log["samples"]}
-        benchmarks.append(Benchmark(task, str(path), "", tuple(problems.values())))
+        benchmarks.append(Benchmark(task, str(path), tuple(problems.values())))
         epochs |= {len(drawn) / len(problems)}
         records += drawn
         scorers.add(scorer)
