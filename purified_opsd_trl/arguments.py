@@ -49,8 +49,8 @@ class CommandParser(TrlParser):
         super().__init__(dataclass_types, prog=prog, description=description, epilog=epilog, allow_abbrev=False)
         self.hints = {name: hint for kind in dataclass_types for name, hint in get_type_hints(kind).items()}
         self.renamed = renamed or {}
-        ours = {option for action in self._actions for option in action.option_strings}
-        self.known = {_name(option) for option in (*ours, *other)}
+        self.keys = {*self.hints, *map(_name, other)}  # what a file may hold; options have more spellings
+        self.options = self.keys | {_name(option) for action in self._actions for option in action.option_strings}
 
     def parse(self, argv: Sequence[str]) -> tuple[Any, ...]:
         """
@@ -88,7 +88,7 @@ class CommandParser(TrlParser):
         words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
         for word in words:
             if word.startswith("--") and word != "--config" and " " not in word:
-                self._check_name(_name(word))
+                self._check_name(_name(word), self.options)
         if words.count("--config") > 1 or words[-1:] == ["--config"]:
             raise InputError("`--config` takes one file, and is given once.")
         if "--config" in words:
@@ -107,7 +107,7 @@ class CommandParser(TrlParser):
         """Takes the content of a YAML file, as in TRL, after checking names and types."""
         defaults = {action.dest: action for action in self._actions}
         for key, value in config.items():
-            self._check_name(key)
+            self._check_name(key, self.keys)
             if key not in defaults or (value is None and defaults[key].default is None):
                 continue
             hint = self.hints[key]
@@ -123,12 +123,12 @@ class CommandParser(TrlParser):
         """Raises instead of printing the usage."""
         raise InputError(message)
 
-    def _check_name(self, name: str) -> None:
+    def _check_name(self, name: str, known: set[str]) -> None:
         """Refuses a name that is outdated or that nobody knows."""
         if name in self.renamed:
             raise InputError(f"`{name}` is now called `{self.renamed[name]}`.")
-        if name not in self.known:
-            near = difflib.get_close_matches(name, sorted(self.known), n=1)
+        if name not in known:
+            near = difflib.get_close_matches(name, sorted(known), n=1)
             raise InputError(f"There is no option `{name}`.{f' Did you mean `{near[0]}`?' if near else ''}")
 
 
@@ -217,7 +217,8 @@ def check_type(name: str, value: Any, hint: Any) -> None:
     """
     if not _fits(value, hint):
         got = "nothing" if value is None else repr(value)
-        quotes = " Put it in quotes." if _fits("", hint) and isinstance(value, int | float) else ""
+        text = _fits("", hint) or any(isinstance(arg, str) for arg in get_args(hint))  # choices
+        quotes = " Put it in quotes." if text and isinstance(value, int | float) else ""
         raise InputError(f"`{name}` must be {_described(hint)}, got {got}.{quotes}")
 
 
