@@ -49,7 +49,8 @@ class CommandParser(TrlParser):
         super().__init__(dataclass_types, prog=prog, description=description, epilog=epilog, allow_abbrev=False)
         self.hints = {name: hint for kind in dataclass_types for name, hint in get_type_hints(kind).items()}
         self.renamed = renamed or {}
-        self.other = frozenset(other)
+        self.keys = {*self.hints, *map(_name, other)}  # what a file may hold; options have more spellings
+        self.options = self.keys | {_name(option) for action in self._actions for option in action.option_strings}
 
     def parse(self, argv: Sequence[str]) -> tuple[Any, ...]:
         """
@@ -67,7 +68,7 @@ class CommandParser(TrlParser):
         """
         parsed, *left = self.parse_known(argv)
         for word in (word for words in left for word in words):
-            self.error(f"`{word}` belongs to no option. Lists are separated by spaces and follow their option.")
+            raise InputError(f"`{word}` belongs to no option. Lists are separated by spaces and follow their option.")
         return parsed
 
     def parse_known(self, argv: Sequence[str]) -> tuple[tuple[Any, ...], list[str], list[str]]:
@@ -85,12 +86,13 @@ class CommandParser(TrlParser):
             `InputError`: as in `parse`.
         """
         words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
-        if (count := words.count("--config")) > 1 or words[-1:] == ["--config"]:
-            self.error("Name one file after `--config`." if count == 1 else "`--config` is given more than once.")
-        if count:
-            read_yaml(words[words.index("--config") + 1])  # TRL reads it again, without these checks
         for word in words:
-            self._check_name(word.split("=", 1)[0], only_renamed=True)
+            if word.startswith("--") and word != "--config" and " " not in word:
+                self._check_name(_name(word), self.options)
+        if words.count("--config") > 1 or words[-1:] == ["--config"]:
+            raise InputError("`--config` takes one file, and is given once.")
+        if "--config" in words:
+            read_yaml(words[words.index("--config") + 1])  # TRL reads it again, without these checks
         try:
             *parsed, from_file, left = self.parse_args_and_config(
                 words, return_remaining_strings=True, separate_remaining_strings=True
@@ -99,20 +101,20 @@ class CommandParser(TrlParser):
             raise
         except ValueError as error:  # of a config's own checks
             raise InputError(" ".join(str(error).split())) from error
-        for word in left:
-            self._check_name(word.split("=", 1)[0])
         return tuple(parsed), from_file, left
 
     def set_defaults_with_config(self, **config: Any) -> list[str]:
         """Takes the content of a YAML file, as in TRL, after checking names and types."""
         defaults = {action.dest: action for action in self._actions}
         for key, value in config.items():
-            self._check_name(f"--{key}")
+            self._check_name(key, self.keys)
             if key not in defaults or (value is None and defaults[key].default is None):
                 continue
             hint = self.hints[key]
             if isinstance(value, bool) and not _fits(value, hint) and _fits("", hint):
                 config[key] = str(value).lower()  # `resume_from_checkpoint: true`
+            elif isinstance(value, str) and not _fits(value, hint) and _fits([value], hint):
+                config[key] = [value]  # `lora_target_modules: all-linear`, as on the command line
             elif not (isinstance(value, str) and _converted(hint)):  # argparse converts strings, and checks them
                 check_type(key, value, hint)
         return super().set_defaults_with_config(**config)
@@ -121,16 +123,18 @@ class CommandParser(TrlParser):
         """Raises instead of printing the usage."""
         raise InputError(message)
 
-    def _check_name(self, option: str, only_renamed: bool = False) -> None:
+    def _check_name(self, name: str, known: set[str]) -> None:
         """Refuses a name that is outdated or that nobody knows."""
-        name = option.removeprefix("--").replace("-", "_")
-        if not option.startswith("--") or name in self.other:
-            return
         if name in self.renamed:
-            self.error(f"`{name}` is now called `{self.renamed[name]}`.")
-        if not only_renamed and name not in self.hints:
-            near = difflib.get_close_matches(name, [*self.hints, *self.other], n=1)
-            self.error(f"There is no option `{name}`.{f' Did you mean `{near[0]}`?' if near else ''}")
+            raise InputError(f"`{name}` is now called `{self.renamed[name]}`.")
+        if name not in known:
+            near = difflib.get_close_matches(name, sorted(known), n=1)
+            raise InputError(f"There is no option `{name}`.{f' Did you mean `{near[0]}`?' if near else ''}")
+
+
+def _name(option: str) -> str:
+    """Name of the field in `--some-name=value`."""
+    return option.split("=", 1)[0].removeprefix("--").replace("-", "_")
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -198,7 +202,7 @@ def check_types(instance: Any) -> None:
 
 def check_type(name: str, value: Any, hint: Any) -> None:
     """
-    Checks one value against an annotation. A whole number is a number; `True` is neither.
+    Checks one value against an annotation. An integer is a number; `True` is neither.
 
     Args:
         name (`str`):
@@ -213,7 +217,8 @@ def check_type(name: str, value: Any, hint: Any) -> None:
     """
     if not _fits(value, hint):
         got = "nothing" if value is None else repr(value)
-        quotes = " Put it in quotes." if _fits("", hint) and isinstance(value, int | float) else ""
+        text = _fits("", hint) or any(isinstance(arg, str) for arg in get_args(hint))  # choices
+        quotes = " Put it in quotes." if text and isinstance(value, int | float) else ""
         raise InputError(f"`{name}` must be {_described(hint)}, got {got}.{quotes}")
 
 
@@ -245,7 +250,7 @@ def _is_union(hint: Any) -> bool:
 
 _WORDS: dict[Any, str] = {
     str: "text",
-    int: "a whole number",
+    int: "an integer",
     float: "a number",
     bool: "true or false",
     dict: "a mapping",

@@ -461,7 +461,7 @@ def _refuse_unusable(args: PurifiedOPSDConfig, teacher_model: Any) -> None:
                     f"`{name}` has no effect without `teacher_model_name_or_path`. The self-teacher is loaded like the "
                     "student: set `model_init_kwargs`, or name the teacher."
                 )
-    if (args.generation_kwargs or {}).get("num_return_sequences", 1) != 1:
+    if dict(args.generation_kwargs or {}).get("num_return_sequences", 1) != 1:  # type: ignore[arg-type]  # parsed by now
         raise InputError(
             "`generation_kwargs`: one completion is sampled per prompt, so `num_return_sequences` must be 1. Repeat "
             "rows of the dataset to sample several."

@@ -11,23 +11,11 @@ from typing import Any
 from ..errors import InputError
 
 
-@dataclass(frozen=True)
-class Preset:
-    """A benchmark on the hub: a dataset with the columns `problem` and `answer`."""
-
-    hub_id: str
-    split: str = "train"
-
-    @property
-    def license(self) -> str:
-        """Where the license of the data is stated."""
-        return f"see the dataset card at https://huggingface.co/datasets/{self.hub_id}"
-
-
+# Datasets on the hub whose split `train` has the columns `problem` and `answer`
 PRESETS = {
-    "aime24": Preset("HuggingFaceH4/aime_2024"),
-    "aime25": Preset("MathArena/aime_2025"),
-    "hmmt25": Preset("MathArena/hmmt_feb_2025"),
+    "aime24": "HuggingFaceH4/aime_2024",
+    "aime25": "MathArena/aime_2025",
+    "hmmt25": "MathArena/hmmt_feb_2025",
 }
 
 
@@ -51,7 +39,6 @@ class Benchmark:
 
     name: str  # in results and samples
     source: str  # hub id or path
-    license: str
     problems: tuple[Problem, ...]
 
 
@@ -73,11 +60,9 @@ def load_benchmarks(names: Sequence[str], limit: int | None = None) -> list[Benc
 def load_benchmark(name: str, limit: int | None = None) -> Benchmark:
     """Loads one preset or local JSONL file."""
     if name in PRESETS:
-        preset = PRESETS[name]
-        rows, source, license = _from_hub(name, preset), preset.hub_id, preset.license
+        rows, source = _from_hub(name), PRESETS[name]
     elif name.endswith((".jsonl", ".json")):
-        rows, source, license = _from_file(Path(name)), name, "local file"
-        name = Path(name).stem
+        rows, source, name = _from_file(Path(name)), name, Path(name).stem
     else:
         raise InputError(
             f"`benchmarks`: there is no preset `{name}`. Presets are {', '.join(PRESETS)}; for your own problems give "
@@ -89,17 +74,17 @@ def load_benchmark(name: str, limit: int | None = None) -> Benchmark:
     for id, count in Counter(problem.id for problem in problems).items():
         if count > 1:
             raise InputError(f"`benchmarks`: {source} holds the id {id!r} twice. Make ids unique, or remove them.")
-    return Benchmark(name, source, license, problems)
+    return Benchmark(name, source, problems)
 
 
-def _from_hub(name: str, preset: Preset) -> list[dict[str, Any]]:
+def _from_hub(name: str) -> list[dict[str, Any]]:
     from datasets import load_dataset
 
     try:
-        return list(load_dataset(preset.hub_id, split=preset.split))
+        return list(load_dataset(PRESETS[name], split="train"))
     except Exception as error:  # offline, renamed, gated: hub errors have no common type
         raise InputError(
-            f"`benchmarks`: `{name}` ({preset.hub_id}) cannot be loaded: {error}. Without a network, give a local "
+            f"`benchmarks`: `{name}` ({PRESETS[name]}) cannot be loaded: {error}. Without a network, give a local "
             ".jsonl file with the fields `problem` and `answer`."
         ) from error
 

@@ -109,7 +109,8 @@ def compare(results: Sequence[dict[str, Any]], seed: int = 0) -> dict[str, Any]:
                 "difference": 100 * mean_of_means(paired),
                 "difference_interval_95": [100 * x for x in bootstrap_interval(paired, seed=seed)],
             }
-    settings = {key: {label: r["settings"].get(key) for label, r in named.items()} for key in _setting_keys(results)}
+    keys = sorted({key for result in results for key in result["settings"]} - _IDENTITY)
+    settings = {key: {label: result["settings"].get(key) for label, result in named.items()} for key in keys}
     return {
         "metric": metric,
         "baseline": labels[0],
@@ -122,10 +123,6 @@ def compare(results: Sequence[dict[str, Any]], seed: int = 0) -> dict[str, Any]:
         },
         "paper": paper_rows(first["settings"]["model"], names),
     }
-
-
-def _setting_keys(results: Sequence[dict[str, Any]]) -> list[str]:
-    return sorted({key for result in results for key in result["settings"]} - _IDENTITY)
 
 
 def _values(result: dict[str, Any], benchmark: str, metric: str) -> list[float]:

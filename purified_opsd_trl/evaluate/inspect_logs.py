@@ -53,25 +53,26 @@ def results_from_logs(logs: Sequence[tuple[Path, dict[str, Any]]], label: str | 
     """
     counter = MarkerCounter()
     records: list[dict[str, Any]] = []
-    benchmarks, epochs, scorers, models = [], set(), set(), set()
+    benchmarks: list[Benchmark] = []
+    epochs, scorers, models = set(), set(), set()
     for path, log in logs:
         if log["status"] != "success" or not log.get("samples"):
             raise InputError(f"`compare`: {path} is no finished evaluation (status `{log['status']}`) with samples.")
         task = str(log["eval"]["task"]).split("/")[-1]
+        models.add(log["eval"]["model"])
+        if len(models) > 1 or task in {b.name for b in benchmarks}:
+            raise InputError(f"`compare`: {path.parent} must hold logs of one model, one per task.")
         scorer = next(iter(log["samples"][0].get("scores") or {}), "")
         drawn = list(_records(path, log["samples"], task, scorer, counter))
         problems = {s["id"]: Problem(str(s["id"]), _text(s["input"]), _text(s["target"])) for s in log["samples"]}
-        benchmarks.append(Benchmark(task, str(path), "", tuple(problems.values())))
+        benchmarks.append(Benchmark(task, str(path), tuple(problems.values())))
         epochs |= {len(drawn) / len(problems)}
         records += drawn
         scorers.add(scorer)
-        models.add(log["eval"]["model"])
     n = int(min(epochs))
     keys = {(record["benchmark"], record["problem_id"], record["sample"]) for record in records}
     if epochs != {n} or len(keys) != len(records) or max(record["sample"] for record in records) != n - 1:
         raise InputError(f"`compare`: {logs[0][0].parent}: not every problem has the same number of samples.")
-    if len(models) > 1 or len({b.name for b in benchmarks}) < len(benchmarks):
-        raise InputError(f"`compare`: {logs[0][0].parent} must hold logs of one model, one per task.")
     summary = summarize(records, benchmarks, n, counter.markers, seed=0)
     for benchmark in summary["benchmarks"].values():
         if any(record["tokens"] == 0 for record in records):  # the provider did not count them

@@ -56,25 +56,15 @@ class Prompter:
         """Prompt ids; a chat template writes its special tokens itself."""
         return self.tokenizer(self.text(problem), add_special_tokens=self.args.text_prompts)["input_ids"]
 
-    def settings(self, example: Problem) -> dict[str, Any]:
-        """How problems become prompts, for the results."""
-        template = None if self.args.text_prompts else self.tokenizer.chat_template
-        text = self.text(example)
-        return {
-            "chat_template_sha256": None if template is None else hashlib.sha256(str(template).encode()).hexdigest(),
-            "chat_template_kwargs": self.args.template_kwargs,
-            "prompt_opens_thinking": text.rstrip().endswith("<think>"),
-            "example_prompt": text,
-        }
-
 
 def evaluate_target(
     target: Target, backend: Backend, benchmarks: Sequence[Benchmark], args: EvaluateArguments
 ) -> dict[str, Any]:
     """Draws what is missing of one model's samples, and summarizes all of them as in `results.json`."""
     prompter = Prompter(backend.tokenizer, args)
-    prompting = prompter.settings(benchmarks[0].problems[0])
-    settings = _settings(target, backend, args, prompting)
+    example = prompter.text(benchmarks[0].problems[0])
+    thinking_open = example.rstrip().endswith("<think>")
+    settings = _settings(target, backend, args)
     folder = Path(args.output_dir, target.label)
     counter = MarkerCounter(args.epistemic_markers)
     problems = {(b.name, p.id): p for b in benchmarks for p in b.problems}
@@ -88,16 +78,19 @@ def evaluate_target(
             started = time.perf_counter()
             for drawn, completion in enumerate(backend.generate(requests, sampling), start=1):
                 problem = problems[completion.key[:2]]
-                store.append(_record(completion, problem, backend.tokenizer, counter, prompting))
+                store.append(_record(completion, problem, backend.tokenizer, counter, thinking_open))
                 if drawn % 50 == 0 or drawn == len(requests):
                     print(f"{target.label}: {drawn}/{len(requests)} samples, {time.perf_counter() - started:.0f} s")
         results = {
             "label": target.label,
             "settings": settings,
             "backend": settings["backend"],
-            "prompting": prompting,
+            "prompting": {
+                **{key: settings[key] for key in ("chat_template_sha256", "chat_template_kwargs")},
+                "prompt_opens_thinking": thinking_open,
+                "example_prompt": example,
+            },
             "versions": _versions(),
-            "licenses": {b.name: b.license for b in benchmarks},
             "sources": {b.name: b.source for b in benchmarks},
             "problem_sha256": {b.name: {p.id: p.sha256 for p in b.problems} for b in benchmarks},
             "samples_drawn_now": len(requests),
@@ -109,8 +102,9 @@ def evaluate_target(
     return results
 
 
-def _settings(target: Target, backend: Backend, args: EvaluateArguments, prompting: dict[str, Any]) -> dict[str, Any]:
+def _settings(target: Target, backend: Backend, args: EvaluateArguments) -> dict[str, Any]:
     """What the samples depend on."""
+    template = "" if args.text_prompts else str(backend.tokenizer.chat_template)
     named = ("temperature", "top_p", "top_k", "max_completion_length", "seed", "system_prompt", "prompt_template")
     return {
         "model": target.model,
@@ -119,7 +113,7 @@ def _settings(target: Target, backend: Backend, args: EvaluateArguments, prompti
         "adapter_weights": target.adapter and weights_fingerprint(target.adapter),
         **{name: getattr(args, name) for name in (*named, "thinking", "dtype")},
         "chat_template_kwargs": args.template_kwargs,
-        "chat_template_sha256": prompting["chat_template_sha256"],
+        "chat_template_sha256": hashlib.sha256(template.encode()).hexdigest() if template else None,
         "backend": type(backend).__name__.removesuffix("Backend").lower(),  # which `auto` is by then
     }
 
@@ -144,10 +138,10 @@ def _check_length(requests: Sequence[Request], max_completion_length: int, conte
 
 
 def _record(
-    completion: Completion, problem: Problem, tokenizer: Any, counter: MarkerCounter, prompting: dict[str, Any]
+    completion: Completion, problem: Problem, tokenizer: Any, counter: MarkerCounter, thinking_open: bool
 ) -> dict[str, Any]:
     text = tokenizer.decode(completion.ids, skip_special_tokens=True)
-    found = grade(text, problem.answer, prompting["prompt_opens_thinking"])
+    found = grade(text, problem.answer, thinking_open)
     benchmark, problem_id, sample = completion.key
     return {
         "benchmark": benchmark,

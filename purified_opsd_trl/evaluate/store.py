@@ -30,10 +30,13 @@ class SampleStore:
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
-        folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "samples.jsonl"
         self.records: dict[Key, dict[str, Any]] = {}
-        self._file = self.path.open("a+b")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a+b")
+        except OSError as error:
+            raise InputError(f"`output_dir`: {folder} cannot be written: {error.strerror}.") from None
         try:
             self._lock()
             _check_settings(folder / "settings.json", settings)

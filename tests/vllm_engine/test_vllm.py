@@ -137,6 +137,19 @@ def test_the_command_evaluates_with_vllm(model_dir: Path, tmp_path: Path) -> Non
     assert samples["vllm"] == samples["transformers"]
 
 
+def test_seeded_prompts_longer_than_a_step_in_all(model_dir: Path, tmp_path: Path) -> None:
+    # 4,096 tokens is the engine's step on a CPU: of three such prompts one would be prefilled in parts
+    problems = [{"problem": f"{i} " + "x" * 1500, "answer": str(i)} for i in range(8)]
+    (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, problems)))
+    command = ["-m", "tests.vllm_engine.cpu", "evaluate", "--model_name_or_path", str(model_dir), "--dtype", "float32"]
+    command += ["--benchmarks", str(tmp_path / "long.jsonl"), "--num_generations", "2", "--temperature", "1"]
+    command += ["--max_completion_length", "12", "--backend", "vllm", "--output_dir", str(tmp_path / "out")]
+    run([*command, "--vllm_gpu_memory_utilization", "0.4"])
+    (file,) = (tmp_path / "out").rglob("*.jsonl")
+    samples = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(samples) == 16 and len({sample["completion"] for sample in samples}) > 8
+
+
 def wait_for(server: subprocess.Popen[bytes], port: int, log: Path) -> None:
     """Until the server answers; fails as soon as its process has ended."""
     deadline = time.monotonic() + LIMIT
