@@ -109,6 +109,10 @@ class PurifiedOPSDConfig(DistillationConfig):
         kl_clip (`float`, *optional*):
             Upper bound, in nats, of what one vocabulary entry may contribute to a token's divergence (a stabiliser
             of plain OPSD). `None` switches it off. An entry at the bound has no derivative of its own.
+        mask_unused_vocab (`bool`, *optional*, defaults to `False`):
+            Whether rows of the output head beyond the tokenizer's vocabulary (Qwen models have some 270) are left out
+            of all four distributions. The paper keeps them; `purification/unused_vocab_mass` logs what the target
+            puts there.
         loss_chunk_size (`int`, *optional*):
             Tokens whose logits exist at once. `None` chooses it from `loss_memory_budget`.
         loss_memory_budget (`int`, *optional*, defaults to `512`):
@@ -235,6 +239,10 @@ class PurifiedOPSDConfig(DistillationConfig):
     kl_clip: float | None = field(
         default=None,
         metadata={"help": "Upper bound, in nats, of one vocabulary entry's contribution to the divergence."},
+    )
+    mask_unused_vocab: bool = field(
+        default=False,
+        metadata={"help": "Leave rows of the head beyond the tokenizer's vocabulary out of all distributions."},
     )
     loss_chunk_size: int | None = field(
         default=None, metadata={"help": "Tokens whose logits exist at once. None: from loss_memory_budget."}

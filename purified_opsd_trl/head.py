@@ -117,6 +117,10 @@ class LMHead:
         """The head with full tensors in place of `DTensor`s; the gradient finds its way back to the shards."""
         return replace(self, weight=_full(self.weight), bias=_full(self.bias))
 
+    def first_rows(self, count: int) -> LMHead:
+        """The head over the first ids of the vocabulary; the gradient finds its way back to the complete weight."""
+        return replace(self, weight=self.weight[:count], bias=None if self.bias is None else self.bias[:count])
+
     def cast(self, dtype: torch.dtype) -> LMHead:
         """
         The head with its weight in the operands' half precision, converted once for all chunks.

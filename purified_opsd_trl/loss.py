@@ -88,7 +88,9 @@ class TokenLoss:
         kl_target_base (`torch.Tensor`, *optional*):
             `KL(target || base)`; `None` without base states.
         clip_saturation (`torch.Tensor`, *optional*):
-            Share of the vocabulary whose `|centred Delta_it|` exceeds the clip; `None` without a clip.
+            Share of the vocabulary whose `|centered Delta_it|` exceeds the clip; `None` without a clip.
+        unused_vocab_mass (`torch.Tensor`, *optional*):
+            The target's probability of ids beyond `used_vocab`; `None` without it.
         advantage, advantage_total, advantage_ref, advantage_it (`torch.Tensor`, *optional*):
             For `"sampled_token"`, at the sampled token: the advantage towards the target, and the three log-ratios of
             Eq. 4 (the last two where the reference-only probe was scored).
@@ -101,6 +103,7 @@ class TokenLoss:
     kl_target_student: Tensor
     kl_target_base: Tensor | None = None
     clip_saturation: Tensor | None = None
+    unused_vocab_mass: Tensor | None = None
     advantage: Tensor | None = None
     advantage_total: Tensor | None = None
     advantage_ref: Tensor | None = None
@@ -141,6 +144,7 @@ def token_loss(
     *,
     labels: Tensor | None = None,
     target_logits: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    used_vocab: int | None = None,
 ) -> TokenLoss:
     """
     Weighted token loss with its gradient formed in the forward pass.
@@ -166,6 +170,9 @@ def token_loss(
         target_logits (`Callable`, *optional*):
             `(teacher, reference_only, base) -> target`, fp32 logits `[n, V]` of one chunk after temperature; replaces
             the target.
+        used_vocab (`int`, *optional*):
+            Ids that the tokenizer has, fewer than the rows of the heads. The target's mass on the other rows is
+            measured; with `settings.mask_unused_vocab` all distributions are taken over the first `used_vocab` rows.
 
     Returns:
         [`TokenLoss`]
@@ -191,6 +198,10 @@ def token_loss(
                 f"The student's head has {student.weight.shape[0]} vocabulary entries, the frozen head "
                 f"{frozen.weight.shape[0]}; both models need one tokenizer and one vocabulary size."
             )
+        if used_vocab is not None and settings.mask_unused_vocab:
+            shared = student is frozen
+            student = student.first_rows(used_vocab)
+            frozen, used_vocab = student if shared else frozen.first_rows(used_vocab), None
         inputs = (student_hidden, student.weight, student.bias)
         grad = torch.is_grad_enabled()
         hidden, weight, bias = (grad and x is not None and x.requires_grad for x in inputs)
@@ -204,6 +215,7 @@ def token_loss(
             needs=(hidden, weight, bias),
             labels=labels if settings.loss_type == "sampled_token" else None,
             target_logits=target_logits,
+            used_vocab=used_vocab,
         )
         loss = result.loss
         if hidden or weight or bias:

@@ -15,6 +15,7 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import IterableDataset
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from transformers.utils import logging
 from trl import DistillationTrainer
 from trl.trainer.utils import get_config_model_id
 
@@ -41,6 +42,9 @@ from .scoring import TeacherScoringCallback
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
+
+
+logger = logging.get_logger(__name__)
 
 
 class PurifiedOPSDTrainer(WholeCheckpoints, DistillationTrainer):
@@ -188,6 +192,8 @@ class PurifiedOPSDTrainer(WholeCheckpoints, DistillationTrainer):
         custom = type(self).target_logits is not PurifiedOPSDTrainer.target_logits
         self._custom_target = self.target_logits if custom else None
         self._states = required_states(self.loss_settings, LMHead.from_model(self.model).linear, custom)
+        ids = len(self._tokenizer)
+        self._used_vocab = ids if ids < self.model.config.get_text_config().vocab_size else None
         self._loss_sums: dict[str, torch.Tensor] = {}
         self._token_means = {"train": TokenMeans(), "eval": TokenMeans()}
 
@@ -434,13 +440,20 @@ class PurifiedOPSDTrainer(WholeCheckpoints, DistillationTrainer):
                 self.loss_settings,
                 labels=inputs["completion_ids"].to(device)[valid],
                 target_logits=self._custom_target,
+                used_vocab=self._used_vocab,
             )
         self._loss_sums = loss_sums(result, num_tokens, clock(device) - started)
         return result.loss, result.student_entropy.sum(), num_tokens
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
-        self._metrics[mode].update({name: [mean] for name, mean in self._token_means[mode].flush().items()})
+        means = self._token_means[mode].flush()
+        self._metrics[mode].update({name: [mean] for name, mean in means.items()})
+        if means.get("purification/unused_vocab_mass", 0.0) > 1e-3:
+            logger.warning_once(
+                f"The target puts {means['purification/unused_vocab_mass']:.1%} of its mass on ids that the tokenizer "
+                "does not have. Set `mask_unused_vocab: true` to leave them out."
+            )
         super().log(logs, start_time)
 
     def _send_telemetry(self) -> None:
@@ -458,8 +471,8 @@ def _refuse_unusable(args: PurifiedOPSDConfig, teacher_model: Any) -> None:
         for name in ("teacher_model_init_kwargs", "teacher_model_revision"):
             if getattr(args, name) is not None:
                 raise InputError(
-                    f"`{name}` has no effect without `teacher_model_name_or_path`. The self-teacher is loaded like the "
-                    "student: set `model_init_kwargs`, or name the teacher."
+                    f"`{name}` has no effect without `teacher_model_name_or_path`. The self-teacher is loaded like "
+                    "the student: set `model_init_kwargs`, or name the teacher."
                 )
     if dict(args.generation_kwargs or {}).get("num_return_sequences", 1) != 1:  # type: ignore[arg-type]  # parsed by now
         raise InputError(

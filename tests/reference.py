@@ -59,7 +59,8 @@ class Result:
     target_entropy: Tensor  # [N] nats
     kl_target_student: Tensor  # [N] KL(target || student)
     kl_target_base: Tensor | None  # [N] KL(target || base)
-    clip_saturation: Tensor | None  # [N] share of the vocabulary with |centred Delta_it| > c
+    clip_saturation: Tensor | None  # [N] share of the vocabulary with |centered Delta_it| > c
+    unused_vocab_mass: Tensor | None = None  # [N] the target's probability of the ids from `used_vocab` on
     advantage: Tensor | None = None  # [N] log P_target(y) - log pi_theta(y)
     advantage_total: Tensor | None = None  # [N] log pi_T(y) - log pi_theta(y)
     advantage_ref: Tensor | None = None  # [N] log pi_ref(y) - log pi_theta(y)
@@ -222,6 +223,7 @@ def objective(
     pmi_center: bool = True,
     kl_clip: float | None = None,
     labels: Tensor | None = None,
+    used_vocab: int | None = None,
 ) -> Result:
     """
     Loss and metrics from four logit tensors; whatever requires grad stays attached to the graph.
@@ -264,6 +266,7 @@ def objective(
         kl_target_student=kl(log_target, log_student),
         kl_target_base=None if base is None else kl(log_target, log_probs(base)),
         clip_saturation=saturation,
+        unused_vocab_mass=None if used_vocab is None else log_target.exp()[:, used_vocab:].sum(-1),
         **advantages,
     )
 

@@ -206,3 +206,47 @@ def test_base_states_give_the_plain_loss_its_metric() -> None:
     expected = oracle_loss(case, settings)
     torch.testing.assert_close(result.kl_target_base, expected.kl_target_base)
     torch.testing.assert_close(result.per_token, expected.per_token)
+
+
+# Rows of the head beyond the tokenizer -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "states"),
+    [("divergence", ("base", "delta")), ("sampled_token", ("base", "teacher", "reference_only"))],
+)
+def test_the_mass_of_unused_ids_is_measured(loss_type: str, states: tuple[str, ...]) -> None:
+    case = make_case(100, bias=True)
+    settings = LossSettings(loss_type=loss_type, loss_chunk_size=2)
+    hidden, head = case.inputs()
+    result = token_loss(
+        *(hidden, head, case.states(states), case.frozen(), case.weights, settings), labels=case.labels, used_vocab=90
+    )
+    assert result.unused_vocab_mass is not None
+    teacher, probe, base = (
+        case.frozen().logits(getattr(case, name)) for name in ("teacher", "reference_only", "base")
+    )
+    target = purified_target_logits(teacher, probe, base)
+    torch.testing.assert_close(result.unused_vocab_mass, target.softmax(-1)[:, 90:].sum(-1), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_masked_ids_take_no_part(beta: float) -> None:
+    case = make_case(100, bias=True)
+    hidden, head = case.inputs()
+    masked = token_loss(
+        *(hidden, head, case.states(("base", "delta")), case.frozen(), case.weights),
+        LossSettings(beta=beta, mask_unused_vocab=True),
+        used_vocab=90,
+    )
+    masked.loss.backward()
+    short_hidden, whole = case.inputs()
+    short = LMHead(whole.weight[:90], whole.bias[:90])
+    frozen = LMHead(case.frozen().weight[:90], case.frozen().bias[:90])
+    states = case.states(("base", "delta"))
+    expected = token_loss(short_hidden, short, states, frozen, case.weights, LossSettings(beta=beta))
+    expected.loss.backward()
+    torch.testing.assert_close(masked.per_token, expected.per_token, rtol=0, atol=0)  # the very same computation
+    torch.testing.assert_close(hidden.grad, short_hidden.grad, rtol=0, atol=0)
+    torch.testing.assert_close(head.weight.grad, whole.weight.grad, rtol=0, atol=0)
+    assert not head.weight.grad[90:].any()

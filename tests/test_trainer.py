@@ -705,3 +705,19 @@ def test_the_config_survives_a_round_trip(arguments: dict[str, Any]) -> None:
 def test_arguments_that_a_self_teacher_cannot_honor(build: Build, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         build(**fields)
+
+
+def test_mass_on_ids_that_the_tokenizer_lacks_is_logged_and_can_be_masked(
+    build: Build, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = build(model_kwargs={"vocab_size": 300})  # 26 more than the tokenizer has
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "purification/unused_vocab_mass" in entry]
+    assert logged and all(1e-3 < entry["purification/unused_vocab_mass"] < 1 for entry in logged)
+    assert "mask_unused_vocab: true" in caplog.text
+    trainer = build(model_kwargs={"vocab_size": 300}, mask_unused_vocab=True)
+    head = trainer.model.get_output_embeddings().weight.detach().clone()
+    trainer.train()
+    assert not any("purification/unused_vocab_mass" in entry for entry in trainer.state.log_history)
+    moved = (trainer.model.get_output_embeddings().weight != head).any(dim=1)
+    assert moved[:274].any() and not moved[274:].any()

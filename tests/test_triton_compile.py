@@ -116,10 +116,15 @@ def launches() -> Iterator[tuple[Variant, tuple[Any, ...]]]:
             patch.setattr(fused, "row_transform", lambda device: transform)
             patch.setattr(fused, "operand_dtype", lambda hidden: hidden.dtype)
             head = LMHead(weight)
-            token_loss(hidden, head, frozen, head, torch.ones(4), settings, labels=labels, target_logits=custom)
+            token_loss(
+                *(hidden, head, frozen, head, torch.ones(4), settings),
+                labels=labels,
+                target_logits=custom,
+                used_vocab=vocab - 1,
+            )
         assert (products.calls > 0) == (operand != torch.float32)
     for arguments in seen:
-        student, _, delta, _, settings, _, grad = arguments
+        student, _, delta, _, settings, _, grad, _ = arguments
         yield (
             Variant(
                 "forward KL" if settings.beta == 0 else "reverse KL" if settings.beta == 1 else "JSD",

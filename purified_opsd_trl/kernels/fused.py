@@ -69,6 +69,7 @@ def fused_loss(
     needs: tuple[bool, bool, bool],
     labels: Tensor | None = None,
     target_logits: TargetLogits | None = None,
+    used_vocab: int | None = None,
 ) -> FusedLoss:
     """
     Loss and gradients of one batch of tokens.
@@ -91,13 +92,16 @@ def fused_loss(
             Sampled tokens; given, the loss is the sampled-token loss.
         target_logits (`Callable`, *optional*):
             Custom target.
+        used_vocab (`int`, *optional*):
+            Ids that the tokenizer has; with it, the target's mass on the other rows of the head is measured.
 
     Returns:
         [`FusedLoss`]
     """
     operand = operand_dtype(hidden)  # asks for autocast's dtype, so before autocast is left
     with torch.autocast(hidden.device.type, enabled=False):
-        return _Pass(hidden, student, states, frozen, weights, settings, needs, labels, target_logits, operand).run()
+        arguments = (hidden, student, states, frozen, weights, settings, needs, labels, target_logits, used_vocab)
+        return _Pass(*arguments, operand).run()
 
 
 class _Pass:
@@ -114,10 +118,11 @@ class _Pass:
         needs: tuple[bool, bool, bool],
         labels: Tensor | None,
         target_logits: TargetLogits | None,
+        used_vocab: int | None,
         operand: torch.dtype,
     ):
         self.hidden, self.states, self.loss_weights, self.settings = hidden, states, weights, settings
-        self.labels, self.target_logits, self.operand = labels, target_logits, operand
+        self.labels, self.target_logits, self.used, self.operand = labels, target_logits, used_vocab, operand
         self.head_dtype = student.weight.dtype
         self.student = student.cast(operand)
         shared = student.same_weight(frozen)
@@ -162,6 +167,7 @@ class _Pass:
             kl_target_student=self._empty(count),
             kl_target_base=self._empty(count) if "base" in states else None,
             clip_saturation=self._empty(count) if purified and self.settings.pmi_clip is not None else None,
+            unused_vocab_mass=self._empty(count) if self.used is not None else None,
         )
         # Every name from the start: processes add these up, also one that has no token
         noted = ("student", "target", *(n for n in ("teacher", "reference_only") if n in states))
@@ -198,11 +204,11 @@ class _Pass:
         if self.needs_grad:
             grad = student if self.grad_buffer is None else self.grad_buffer[: end - start]
         if self.labels is None:
-            self.transform(student, target, delta, shift, self.settings, stats, grad)
+            self.transform(student, target, delta, shift, self.settings, stats, grad, self.used)
             scale = self.settings.grad_scale
         else:
             # The forward KL without a gradient forms target and metrics, and leaves both softmaxes as they are
-            self.transform(student, target, delta, shift, replace(self.settings, beta=0.0), stats, None)
+            self.transform(student, target, delta, shift, replace(self.settings, beta=0.0), stats, None, self.used)
             labels = self.labels[start:end]
             log_p, log_q = sampled_token(student, target, labels, stats, grad)
             self._note(student=log_p, target=log_q)

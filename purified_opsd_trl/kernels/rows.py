@@ -56,6 +56,7 @@ class RowStats:
     kl_target_student: Tensor
     kl_target_base: Tensor | None = None
     clip_saturation: Tensor | None = None
+    unused_vocab_mass: Tensor | None = None
 
     def rows(self, start: int, end: int) -> RowStats:
         """Views of the rows `start` to `end`."""
@@ -71,6 +72,7 @@ def divergence_rows(
     settings: LossSettings,
     stats: RowStats,  # [n] each, written
     grad: Tensor | None,  # [n, V], where the gradient goes: `student` itself or a tensor of another dtype
+    used: int | None = None,  # ids that the tokenizer has; the rest of the vocabulary is unused
 ) -> None:
     """
     Divergence between student and target, its gradient and the metrics, row by row.
@@ -93,6 +95,7 @@ def divergence_rows(
             stats.rows(start, end),
             None if grad is None else grad[start:end],
             scratch[:, : end - start],
+            used,
         )
 
 
@@ -105,6 +108,7 @@ def _divergence_block(
     stats: RowStats,
     grad: Tensor | None,
     scratch: Tensor,
+    used: int | None,
 ) -> None:
     p, q, work = scratch.unbind(0)
     out = work if grad is None or grad.dtype != work.dtype else grad
@@ -114,6 +118,8 @@ def _divergence_block(
 
     shift_q, _ = _shift(target)
     log_zq = _softmax(target, q)
+    if stats.unused_vocab_mass is not None:
+        stats.unused_vocab_mass.copy_(q[:, used:].sum(-1) if used is not None else q.new_zeros(()))
     own = _dot(q, target, work)
     stats.target_entropy.copy_((log_zq - own) * LN2)
     if delta is not None and lse_base is not None and stats.kl_target_base is not None:

@@ -33,6 +33,8 @@ class LossSettings:
             Whether `Delta_it` is centered over the vocabulary.
         kl_clip (`float`, *optional*):
             Upper bound of the contribution of one vocabulary entry to a token's divergence, nats.
+        mask_unused_vocab (`bool`, *optional*, defaults to `False`):
+            Whether rows of the head beyond the tokenizer's vocabulary are left out of all distributions.
         loss_chunk_size (`int`, *optional*):
             Tokens whose logits exist at once. `None` chooses it from `loss_memory_budget`.
         loss_memory_budget (`float`, *optional*, defaults to `512`):
@@ -50,6 +52,7 @@ class LossSettings:
     pmi_clip: float | None = 10.0
     pmi_center: bool = True
     kl_clip: float | None = None
+    mask_unused_vocab: bool = False
     loss_chunk_size: int | None = None
     loss_memory_budget: float = 512
 

@@ -100,6 +100,7 @@ def _bounded(log_p, log_q, beta, kl_clip, MODE: tl.constexpr):
         "kl_student_ptr",
         "kl_base_ptr",
         "saturation_ptr",
+        "unused_ptr",
     ]
 )
 def _divergence_kernel(
@@ -114,6 +115,7 @@ def _divergence_kernel(
     kl_student_ptr,
     kl_base_ptr,
     saturation_ptr,
+    unused_ptr,
     s_stride,
     t_stride,
     d_stride,
@@ -123,11 +125,13 @@ def _divergence_kernel(
     tilt_gain,
     beta,
     kl_clip,
+    n_used,
     MODE: tl.constexpr,  # 0 forward KL, 1 reverse KL, 2 generalized JSD
     HAS_DELTA: tl.constexpr,
     HAS_CLIP: tl.constexpr,
     HAS_KL_BASE: tl.constexpr,
     HAS_SATURATION: tl.constexpr,
+    HAS_UNUSED: tl.constexpr,
     HAS_KL_CLIP: tl.constexpr,
     HAS_GRAD: tl.constexpr,
     SAFE: tl.constexpr,
@@ -145,11 +149,12 @@ def _divergence_kernel(
     tilt_gain = tl.cast(tilt_gain, tl.float32)
     beta = tl.cast(beta, tl.float32)
     kl_clip = tl.cast(kl_clip, tl.float32)
+    n_used = tl.cast(n_used, tl.int32)
 
     zero = tl.zeros([BLOCK // 4], tl.float32)
     top_p, top_q, top_b = zero + _LOWEST, zero + _LOWEST, zero + _LOWEST
     sum_p, sum_q, sum_b = zero, zero, zero
-    own_p, own_q, gap_q, tilt_q, saturated = zero, zero, zero, zero, zero
+    own_p, own_q, gap_q, tilt_q, saturated, unused = zero, zero, zero, zero, zero, zero
     if HAS_DELTA:
         shift = tl.load(shift_ptr + row) * delta_scale
     for start in range(0, n_cols, BLOCK):
@@ -173,6 +178,8 @@ def _divergence_kernel(
         gap_q = gap_q * rescale + tl.sum(e * (t - s), axis=1)
         if HAS_KL_BASE:
             tilt_q = tilt_q * rescale + tl.sum(e * x, axis=1)
+        if HAS_UNUSED:
+            unused = unused * rescale + tl.sum(tl.where(cols < n_used, 0.0, e), axis=1)
         top_p, rescale, e = _step(top_p, s)
         sum_p = sum_p * rescale + tl.sum(e, axis=1)
         own_p = own_p * rescale + tl.sum(e * s, axis=1)
@@ -191,6 +198,8 @@ def _divergence_kernel(
         tl.store(kl_base_ptr + row, (tilt - (m_q - m_b) - tl.log2(z_q / z_b)) * _LN2)
     if HAS_SATURATION:
         tl.store(saturation_ptr + row, tl.sum(saturated, axis=0) / n_cols)
+    if HAS_UNUSED:
+        tl.store(unused_ptr + row, tl.sum(unused * lane_q, axis=0) / z_q)
 
     # Moderate rows keep their logits as they are: subtracting the maximum would only round them
     shift_p, shift_q = _shift_of(m_p, SAFE), _shift_of(m_q, SAFE)
@@ -268,6 +277,7 @@ def launch(
     settings: LossSettings,
     stats: RowStats,  # [n] each, written
     grad: Tensor | None,  # [n, V], where the gradient goes: `student` itself or a tensor of another dtype
+    used: int | None = None,  # ids that the tokenizer has; the rest of the vocabulary is unused
 ) -> tuple[list[Tensor | int | float], dict[str, Any]]:
     """Arguments of the kernel for one chunk, and its compile-time constants and options."""
     vocab = student.shape[1]
@@ -284,16 +294,19 @@ def launch(
         stats.kl_target_student,
         stats.per_token if stats.kl_target_base is None else stats.kl_target_base,
         stats.per_token if stats.clip_saturation is None else stats.clip_saturation,
+        stats.per_token if stats.unused_vocab_mass is None else stats.unused_vocab_mass,
     ]
     # An integer would be compiled into a kernel of its own
     kl_clip = 0.0 if settings.kl_clip is None else settings.kl_clip
-    scalars = [float(x) for x in (settings.delta_scale, settings.tilt_gain, settings.beta, kl_clip)]
+    used = vocab if used is None else used
+    scalars = [float(x) for x in (settings.delta_scale, settings.tilt_gain, settings.beta, kl_clip, used)]
     options = {
         "MODE": 0 if settings.beta == 0.0 else 1 if settings.beta == 1.0 else 2,
         "HAS_DELTA": delta is not None,
         "HAS_CLIP": delta is not None and settings.pmi_clip is not None,
         "HAS_KL_BASE": delta is not None and stats.kl_target_base is not None,
         "HAS_SATURATION": delta is not None and stats.clip_saturation is not None,
+        "HAS_UNUSED": stats.unused_vocab_mass is not None,
         "HAS_KL_CLIP": settings.kl_clip is not None,
         "HAS_GRAD": grad is not None,
         "ALIGNED": all(x % 16 == 0 for x in (vocab, *strides)),
@@ -313,10 +326,11 @@ def divergence_rows(
     settings: LossSettings,
     stats: RowStats,
     grad: Tensor | None,
+    used: int | None = None,
 ) -> None:
     """Divergence, gradient and metrics, row by row; see `launch` for the shapes and `kernels.rows.divergence_rows`."""
     if student.dtype == torch.float64:  # the kernel accumulates in fp32
-        torch_divergence_rows(student, target, delta, shift, settings, stats, grad)
+        torch_divergence_rows(student, target, delta, shift, settings, stats, grad, used)
     elif len(student):
-        arguments, options = launch(student, target, delta, shift, settings, stats, grad)
+        arguments, options = launch(student, target, delta, shift, settings, stats, grad, used)
         _divergence_kernel[(len(student),)](*arguments, **options)

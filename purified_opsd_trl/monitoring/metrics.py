@@ -68,6 +68,7 @@ def loss_sums(result: TokenLoss, num_tokens: torch.Tensor, seconds: float) -> di
     per_token = {
         "purification/target_entropy": result.target_entropy,
         "purification/clip_saturation": result.clip_saturation,
+        "purification/unused_vocab_mass": result.unused_vocab_mass,
         "purification/kl_target_base": result.kl_target_base,
         "purification/kl_target_student": result.kl_target_student,
         "purification/advantage": result.advantage,
