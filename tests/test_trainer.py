@@ -323,7 +323,7 @@ def test_equal_teacher_and_reference_only_contexts_leave_nothing_to_learn(build:
     class SameContexts(PurifiedOPSDTrainer):
         def build_contexts(self, row):
             contexts = super().build_contexts(row)
-            return Contexts(contexts.question, contexts.teacher, contexts.teacher)
+            return Contexts(contexts.base, contexts.teacher, contexts.teacher)
 
     trainer = build(trainer_class=SameContexts, optim="sgd")  # Adam would blow rounding errors up to full steps
     trainer.train()
