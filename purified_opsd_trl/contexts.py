@@ -208,9 +208,7 @@ def _checked_messages(prompt: Any) -> list[dict[str, Any]]:
     messages = [dict(message) for message in prompt]
     for message in messages:
         if not isinstance(message["role"], str):
-            raise InputError(
-                f"column `prompt`: the `role` of a message must be a string such as `user`, got {message['role']!r}."
-            )
+            raise InputError(f"column `prompt`: the `role` of a message must be a string, got {message['role']!r}.")
         # None beside tool calls stays None, and must be there
         content = message.setdefault("content", None)
         if content is not None:

@@ -2,6 +2,7 @@
 Datasets by name: a local file, a folder, a hub id or a mixture -> splits with a column `prompt`.
 """
 
+import codecs
 import json
 import os
 from collections.abc import Iterator
@@ -66,13 +67,25 @@ class _AsMessages:
     system_prompt: str | None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        prompt = row["prompt"]
+        prompt = _decoded(row["prompt"])
         if isinstance(prompt, str):
             system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
             return {"prompt": [*system, {"role": "user", "content": prompt}]}
         if self.system_prompt and prompt is not None:
             raise InputError(_UNUSED_SYSTEM_PROMPT)
         return {"prompt": prompt}
+
+
+def _decoded(prompt: Any) -> Any:
+    """Messages that the `datasets` library turned into text, as it does far into a file that begins with text."""
+    if isinstance(prompt, str) and prompt.startswith('[{"'):
+        try:
+            value = json.loads(prompt)
+        except json.JSONDecodeError:
+            return prompt
+        if all(isinstance(turn, dict) and "role" in turn for turn in value):
+            return value
+    return prompt
 
 
 _UNUSED_SYSTEM_PROMPT = (
@@ -102,7 +115,9 @@ def load_splits(
     """
     name, streaming = script_args.dataset_name, script_args.dataset_streaming
     split = script_args.dataset_train_split
-    with _readable_errors(name or dataset_args.datasets):
+    with readable_errors(name or dataset_args.datasets):
+        for file in _json_files(name):
+            _check_encoding(file)
         if dataset_args.datasets:
             return get_mixture(dataset_args)
         if name is None:
@@ -118,7 +133,7 @@ def load_splits(
 
 
 @contextmanager
-def _readable_errors(name: Any) -> Iterator[None]:
+def readable_errors(name: Any) -> Iterator[None]:
     """One line for what the `datasets` library raises; and no request to a download counter, which it would send."""
     counts, datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS, False
     try:
@@ -127,7 +142,7 @@ def _readable_errors(name: Any) -> Iterator[None]:
         raise
     except (OSError, DatasetNotFoundError) as error:
         raise InputError(f"The dataset {name} cannot be loaded: {_one_line(error)}") from error
-    except (DatasetGenerationError, pa.ArrowException, ValueError, IndexError) as error:
+    except (DatasetGenerationError, pa.ArrowException, ValueError, IndexError, StopIteration) as error:
         for file in _json_files(name):
             for _ in read_lines(str(file), one_format=True):
                 pass
@@ -143,6 +158,19 @@ def _json_files(name: Any) -> list[Path]:
     path = Path(name)
     files = [path] if path.is_file() else sorted(path.rglob("*.json*"))
     return [file for file in files if _FILE_FORMATS.get(file.suffix) == "json"]
+
+
+def _check_encoding(file: Path) -> None:
+    """Finds what is not UTF-8 before the `datasets` library, which notices when a row is used."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    with file.open("rb") as stream:
+        try:
+            while block := stream.read(1 << 20):
+                decoder.decode(block)
+        except UnicodeDecodeError as error:
+            for _ in read_lines(str(file)):
+                pass
+            raise InputError(f"{file}: the file is not UTF-8. Convert it.") from error
 
 
 def _one_line(error: BaseException) -> str:
@@ -249,7 +277,10 @@ def map_columns(dataset: AnyDataset, script_args: PurifiedOPSDScriptArguments) -
         `InputError`: if a column is not there, or two have to have the same name.
     """
     column, reference = script_args.dataset_prompt_column, script_args.dataset_reference_column
-    columns = dataset.column_names or list(next(iter(dataset), {}))
+    columns = dataset.column_names
+    if isinstance(dataset, IterableDataset):
+        with readable_errors(script_args.dataset_name):
+            columns = columns or list(next(iter(dataset), {}))
     if not columns:
         raise InputError("The dataset has no rows.")
     if column == reference:

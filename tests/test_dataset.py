@@ -51,9 +51,8 @@ def prepare(tokenizer, tmp_path, capsys):
 def references_of(tokenizer, rows, **limits) -> list[str]:
     """The references as the reference-only prompt holds them after truncation."""
     contexts = reader_of(tokenizer, truncate=True, **limits).contexts(rows, "rows")
-    texts = [
-        c.reference_only if isinstance(c.reference_only, str) else c.reference_only[-1]["content"] for c in contexts
-    ]
+    prompts = [c.reference_only for c in contexts]
+    texts = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in prompts]
     return [text.removeprefix("R: ") for text in texts]
 
 
