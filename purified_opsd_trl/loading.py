@@ -67,25 +67,18 @@ class _AsMessages:
     system_prompt: str | None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        prompt = _decoded(row["prompt"])
+        prompt = row["prompt"]
         if isinstance(prompt, str):
+            if prompt.startswith('[{"role":'):  # what the `datasets` library may make of messages far into a file
+                raise InputError(
+                    "A prompt is the JSON text of messages: some files hold text prompts and others messages. Give "
+                    "them all one format, or put them into one JSONL file."
+                )
             system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
             return {"prompt": [*system, {"role": "user", "content": prompt}]}
         if self.system_prompt and prompt is not None:
             raise InputError(_UNUSED_SYSTEM_PROMPT)
         return {"prompt": prompt}
-
-
-def _decoded(prompt: Any) -> Any:
-    """Messages that the `datasets` library turned into text, as it does far into a file that begins with text."""
-    if isinstance(prompt, str) and prompt.startswith('[{"'):
-        try:
-            value = json.loads(prompt)
-        except json.JSONDecodeError:
-            return prompt
-        if all(isinstance(turn, dict) and "role" in turn for turn in value):
-            return value
-    return prompt
 
 
 _UNUSED_SYSTEM_PROMPT = (
@@ -129,7 +122,13 @@ def load_splits(
             raise InputError(f"`dataset_name`: there is no file {name} (looked in {os.getcwd()}).")
         if streaming and file_format == "json" and not _is_array(name):
             return IterableDatasetDict({split: IterableDataset.from_generator(read_lines, gen_kwargs={"path": name})})
-        return load_dataset(file_format, data_files={split: name}, streaming=streaming)
+        if streaming or file_format != "json":
+            return load_dataset(file_format, data_files={split: name}, streaming=streaming)
+        try:  # strict: by default a change of type far into the file silently makes JSON text of that part
+            return load_dataset("json", data_files={split: name}, on_mixed_types=None)
+        except (DatasetGenerationError, pa.ArrowException):
+            chunk = Path(name).stat().st_size + 1  # one chunk, so that the types are those of the complete file
+            return load_dataset("json", data_files={split: name}, chunksize=chunk)
 
 
 @contextmanager

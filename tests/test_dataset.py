@@ -3,6 +3,7 @@
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from accelerate import Accelerator
 from datasets import Dataset, DatasetDict, IterableDataset
 
 from purified_opsd_trl import Contexts, InputError, PurifiedOPSDConfig, PurifiedOPSDTrainer, build_contexts
+from purified_opsd_trl.backbone import context_length
 from purified_opsd_trl.dataset import DatasetCheck, as_dataset, check_columns
 from purified_opsd_trl.rows import RowReader
 
@@ -403,6 +405,23 @@ def test_a_stream_with_bad_rows_trains_and_resumes(make_model, tokenizer, argume
     trainer.train(resume_from_checkpoint=f"{arguments['output_dir']}/checkpoint-2")
     assert trainer.state.global_step == 4
     assert [row["row"] for row in left_out(Path(arguments["output_dir"]))] == [1, 4, 8]
+
+
+@pytest.mark.parametrize(
+    ("fields", "length"),
+    [
+        ({"max_position_embeddings": 512}, 512),
+        ({"max_position_embeddings": -1}, None),
+        ({"max_position_embeddings": None}, None),
+        ({"max_position_embeddings": 512, "rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}, 2048),
+        ({"max_position_embeddings": 512, "rope_parameters": {"rope_type": "linear", "factor": 4.0}}, 512),
+        ({}, None),
+    ],
+)
+def test_the_context_that_a_configuration_allows(fields, length) -> None:
+    config = SimpleNamespace(**fields)
+    config.get_text_config = lambda: config
+    assert context_length(SimpleNamespace(config=config)) == length
 
 
 def test_a_dataset_passed_to_evaluate_loses_its_bad_rows(make_model, tokenizer, arguments) -> None:

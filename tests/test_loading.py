@@ -131,10 +131,13 @@ def test_columns_that_change_their_type_far_into_a_file(tmp_path: Path) -> None:
     for streaming in (False, True):
         rows = load(path, streaming)
         assert [row["prompt"] for row in rows] == [CHAT] * 601
-    path = write(tmp_path / "chat.jsonl", *[chat] * 600, text)
-    with pytest.raises(InputError, match="line 601: column `prompt` is a str, but a list in line 1. Use one type"):
-        load(path)
-    assert [row["prompt"] for row in load(path, streaming=True)] == [CHAT] * 601
+        path = write(tmp_path / "chat.jsonl", *[chat] * 600, text)
+        assert [row["prompt"] for row in load(path, streaming)] == [CHAT] * 601
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write(folder / "train.jsonl", *[text] * 600, chat)
+    with pytest.raises(InputError, match="A prompt is the JSON text of messages"):
+        load(folder)
 
 
 # --- nothing leaves the machine -----------------------------------------------------------------------------------

@@ -101,11 +101,11 @@ def test_added_tokens_that_are_special_or_mark_turns_are_found(make_tokenizer) -
         ({"reference": "a\ud800"}, "column `reference`: the text holds half a surrogate pair"),
         (
             {"prompt": [{"role": None, "content": "q"}]},
-            "the `role` of a message must be a string such as `user`, got None",
+            "the `role` of a message must be a string, got None",
         ),
         (
             {"prompt": [user("q"), {"role": 3, "content": "q"}]},
-            "the `role` of a message must be a string such as `user`",
+            "the `role` of a message must be a string, got 3",
         ),
         ({"image": "x.png"}, "column `image`: images are not supported"),
         ({"images": ["x.png"]}, "column `images`: images are not supported"),
