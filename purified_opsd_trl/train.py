@@ -78,7 +78,7 @@ def main(
         model_args ([`~trl.ModelConfig`]):
             Which model, and its adapter.
         dataset_args ([`~trl.DatasetMixtureConfig`]):
-            Mixture of data sets.
+            Mixture of datasets.
 
     Returns:
         [`PurifiedOPSDTrainer`]: after training.

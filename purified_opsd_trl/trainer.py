@@ -86,7 +86,7 @@ class PurifiedOPSDTrainer(WholeCheckpoints, DistillationTrainer):
             Student, and its own teacher: a model id, a path or an instance.
         args ([`PurifiedOPSDConfig`], *optional*):
             Configuration for this trainer. If `None`, a default configuration is used.
-        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`] or list of `dict`):
             Dataset with the columns `"prompt"` and `args.reference_column`, each text or messages.
         eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict`, *optional*):
             Dataset(s) to evaluate on, with the same columns.
