@@ -66,7 +66,13 @@ def backbone(model: Any) -> Any:
 
 def context_length(model: Any) -> int | None:
     """Longest sequence in tokens that the model's configuration allows; `None` if it sets no limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    config = model.config.get_text_config()
+    length = getattr(config, "max_position_embeddings", None)
+    if length is None or length <= 0:
+        return None
+    rope = getattr(config, "rope_parameters", None) or {}
+    # The one kind of scaling whose configuration keeps the length before scaling
+    return int(length * rope.get("factor", 1.0)) if rope.get("rope_type") == "dynamic" else length
 
 
 @contextmanager

@@ -58,6 +58,11 @@ class PurifiedOPSDConfig(DistillationConfig):
             What happens to rows whose reference is too long: `"error"` stops before training and says how many there
             are, `"drop"` leaves these rows out, `"truncate"` keeps the first tokens of the reference. The number of
             rows touched is printed. The question is never cut.
+        invalid_rows (`str`, *optional*, defaults to `"error"`):
+            What happens to rows that cannot be used (no reference, an unknown role, a special token in the text):
+            `"error"` stops before training, counts them and names the first ten with the reason; `"drop"` leaves them
+            out and writes them to `invalid_rows.jsonl` in `output_dir`, as it does with dropped overlong rows. In a
+            stream rows are judged as they arrive.
 
         > Parameters that control the self-teacher
 
@@ -183,6 +188,10 @@ class PurifiedOPSDConfig(DistillationConfig):
         default="error",
         metadata=_choice("What to do with rows whose reference is too long.", ("error", "drop", "truncate")),
     )
+    invalid_rows: str = field(
+        default="error",
+        metadata=_choice("What to do with rows that cannot be used.", ("error", "drop")),
+    )
 
     # Parameters that control the self-teacher
     teacher_model_kind: str = field(
@@ -287,12 +296,17 @@ class PurifiedOPSDConfig(DistillationConfig):
 
     def _check_choices(self) -> None:
         # argparse checks `choices` on the command line only; Python and YAML values arrive here unchecked
-        for name in ("overlong_reference", "teacher_model_kind", "epistemic_guard"):
+        for name in ("overlong_reference", "invalid_rows", "teacher_model_kind", "epistemic_guard"):
             choices, value = self.__dataclass_fields__[name].metadata["choices"], getattr(self, name)
             if value not in choices:
                 raise InputError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
 
     def _check_templates(self) -> None:
+        if self.reference_column == "prompt":
+            raise InputError(
+                "`reference_column` cannot be `prompt`, which holds the question. Rename the columns, or on the "
+                "command line name them with `dataset_prompt_column` and `dataset_reference_column`."
+            )
         expected = {
             "teacher_prompt_template": {"question", "reference"},
             "reference_prompt_template": {"reference"},

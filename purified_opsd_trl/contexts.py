@@ -2,7 +2,7 @@
 Dataset row -> the three prompts that one completion is scored under.
 
 ```text
-question        what the student sees; untouched              student pi_theta, base P_0
+base            the question as the student sees it           student pi_theta, base P_0
 teacher         question and reference in the last user turn  privileged teacher pi_T
 reference_only  reference, no question-bearing turn           reference-only probe pi_ref
 ```
@@ -27,15 +27,15 @@ class Contexts:
     The three prompts of one row, in the dataset's own format (text, or a list of messages).
 
     Attributes:
-        question (`str` or `list[dict]`):
-            The student's prompt, with contents as text. Holds no text of the reference.
+        base (`str` or `list[dict]`):
+            The prompt of the student and of the base, with contents as text. Holds no text of the reference.
         teacher (`str` or `list[dict]`):
             The privileged teacher's prompt: question and reference.
         reference_only (`str` or `list[dict]`):
             The reference-only probe's prompt: the reference without the question.
     """
 
-    question: Prompt
+    base: Prompt
     teacher: Prompt
     reference_only: Prompt
 
@@ -174,7 +174,7 @@ def build_contexts(
         if not prompt.strip():
             raise InputError("column `prompt`: the prompt is empty.")
         return Contexts(
-            question=prompt,
+            base=prompt,
             teacher=fill_template(teacher_prompt_template, question=prompt, reference=reference),
             reference_only=reference_prompt,
         )
@@ -183,12 +183,14 @@ def build_contexts(
     question = content_text(messages[last_user]["content"], "prompt")
     if not question.strip():
         raise InputError("column `prompt`: the last user turn is empty.")
-    teacher_prompt = fill_template(teacher_prompt_template, question=question, reference=reference)
     teacher = list(messages)
-    teacher[last_user] = {"role": "user", "content": teacher_prompt}
+    teacher[last_user] = {
+        "role": "user",
+        "content": fill_template(teacher_prompt_template, question=question, reference=reference),
+    }
     system = [message for message in messages if message["role"] in ("system", "developer")]
     return Contexts(
-        question=messages,
+        base=messages,
         teacher=teacher,
         reference_only=[*system, {"role": "user", "content": reference_prompt}],
     )
@@ -205,9 +207,12 @@ def _checked_messages(prompt: Any) -> list[dict[str, Any]]:
         )
     messages = [dict(message) for message in prompt]
     for message in messages:
-        text = content_text(message.get("content"), "prompt")
-        if message.get("content") is not None:  # None beside tool calls stays None
-            message["content"] = text
+        if not isinstance(message["role"], str):
+            raise InputError(f"column `prompt`: the `role` of a message must be a string, got {message['role']!r}.")
+        # None beside tool calls stays None, and must be there
+        content = message.setdefault("content", None)
+        if content is not None:
+            message["content"] = content_text(content, "prompt")
     roles = [message["role"] for message in messages]
     if "user" not in roles:
         raise InputError(f"column `prompt`: the prompt has no user turn (roles: {', '.join(roles) or 'none'}).")

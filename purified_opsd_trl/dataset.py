@@ -1,44 +1,78 @@
 """
-Checks of the data before training: columns, rows, and references that are too long.
+Checks of the data: columns and formats before the model is loaded, every row before training or as it arrives.
 
-Everything that can be known up front is decided up front: a map-style dataset is read once, with a progress bar, and
-what was dropped or truncated is counted and printed. A streamed dataset is checked batch by batch as it arrives.
+A map-style dataset is read once, on the main process, and the result is kept for the next run with the same data and
+settings. A streamed dataset is checked row by row. What is left out is counted, printed and written to a file.
 """
 
+import hashlib
+import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar
 
-from datasets import Dataset, IterableDataset
-from jinja2 import TemplateError
+import datasets.config
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import TrainerCallback
 
-from .contexts import Contexts, Prompt, reference_text
 from .errors import InputError
+from .rows import Fault, Row, RowReader
 
 
 logger = logging.getLogger(__name__)
 
-_READ_ROWS = 256  # rows tokenized at once: enough to feed the tokenizer's threads
+INVALID_ROWS_FILE = "invalid_rows.jsonl"
+_READ_ROWS = 256  # rows read at once: enough to feed the tokenizer's threads
+_NAMED = 10  # bad rows that a message names
+_OTHER_FORMAT = "column `prompt`: some prompts are text and some messages. Use one format."
 
 AnyDataset: TypeAlias = Dataset | IterableDataset
+_Result = TypeVar("_Result")
 
 
-def row_blocks(dataset: Dataset) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+def as_dataset(data: Any, name: str) -> AnyDataset:
     """
-    Reads a data set block by block.
+    Takes what TRL takes: a dataset of the `datasets` library, a list of rows, or a map-style torch dataset of rows.
 
     Args:
-        dataset ([`~datasets.Dataset`]):
-            Data set.
+        data:
+            The data.
+        name (`str`):
+            How errors name it, e.g. `"train_dataset"`.
 
     Returns:
-        `Iterator[tuple[int, list[dict[str, Any]]]]`: number of a block's first row, and its rows.
+        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]
+
+    Raises:
+        `InputError`: if it is none of these.
     """
-    for start in range(0, len(dataset), _READ_ROWS):
-        yield start, [dataset[i] for i in range(start, min(start + _READ_ROWS, len(dataset)))]
+    if isinstance(data, (Dataset, IterableDataset)):
+        return data
+    if isinstance(data, (DatasetDict, IterableDatasetDict)):
+        raise InputError(f"{name} holds several splits ({', '.join(data)}); pass one of them, e.g. `{name}['train']`.")
+    if not hasattr(data, "__getitem__") or not hasattr(data, "__len__") or isinstance(data, (str, Mapping)):
+        raise InputError(
+            f"{name} must be a `Dataset` or `IterableDataset` of the `datasets` library or a list of rows, got "
+            f"{type(data).__name__}."
+        )
+    rows = [data[i] for i in range(len(data))]
+    other = next((i for i, row in enumerate(rows) if not isinstance(row, Mapping)), None)
+    if other is not None:
+        kind = type(rows[other]).__name__
+        raise InputError(f"{name}, row {other}: a row must map column names to values, got {kind}.")
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    try:
+        return Dataset.from_list([{c: row.get(c) for c in columns} for row in rows], on_mixed_types="use_json")
+    except (pa.ArrowException, UnicodeEncodeError, TypeError) as error:
+        raise InputError(f"{name} cannot be converted to a `Dataset`: {error}") from error
 
 
 def check_columns(dataset: AnyDataset, name: str, reference_column: str) -> None:
@@ -60,6 +94,8 @@ def check_columns(dataset: AnyDataset, name: str, reference_column: str) -> None
     columns = dataset.column_names
     if columns is None:
         return
+    if isinstance(dataset, Dataset) and len(dataset) == 0:
+        raise InputError(f"{name} has no rows.")
     listed = ", ".join(f"`{column}`" for column in columns) or "none"
     for column, key in (("prompt", "dataset_prompt_column"), (reference_column, "reference_column")):
         if column not in columns:
@@ -70,313 +106,290 @@ def check_columns(dataset: AnyDataset, name: str, reference_column: str) -> None
     images = {"image", "images"}.intersection(columns)
     if images:
         raise InputError(f"{name}: images (column `{images.pop()}`) are not supported; only text can be distilled.")
-    if isinstance(dataset, Dataset) and len(dataset) == 0:
-        raise InputError(f"{name} has no rows.")
 
 
-def check_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> None:
-    """
-    Checks that the tokenizer can render a prompt in its format.
-
-    Text must not be the output of a chat template: the teacher's template wraps the question, and wrapped around
-    `<|im_start|>user...` it would put the reference outside every turn. Messages need a chat template.
-
-    Args:
-        prompt (`str` or `list[dict]`):
-            The row's prompt.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer of the student.
-
-    Raises:
-        `InputError`: if a text prompt holds a special token, or the prompt is messages and there is no chat template.
-    """
-    if not isinstance(prompt, str):
-        if tokenizer.chat_template is None:
-            raise InputError(
-                "column `prompt`: the prompt is a list of messages, but the model's tokenizer has no chat template. "
-                "Set `processing_class.chat_template`, take the instruction-tuned variant of the model, or give the "
-                "prompts as text."
-            )
-        return
-    found = next((token for token in tokenizer.all_special_tokens if token in prompt), None)
-    if found is not None:
-        raise InputError(
-            f"column `prompt`: the text holds the special token {found!r}, so a chat template seems to have been "
-            "applied already. Give the prompt as messages instead and the trainer applies the template, to each "
-            "context on its own."
-        )
+def row_blocks(dataset: Dataset) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """Reads a dataset block by block: number of a block's first row, and its rows."""
+    for start in range(0, len(dataset), _READ_ROWS):
+        columns = dataset[start : start + _READ_ROWS]
+        yield start, [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-def check_reference(reference: str, column: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """
-    Checks that a reference stays inside the turn it is put into.
+@dataclass
+class Findings:
+    """What a pass over a dataset found. Its size does not grow with the rows that are fine."""
 
-    Args:
-        reference (`str`):
-            Text of the worked solution.
-        column (`str`):
-            Its column, for the error.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer of the student.
+    rows: int = 0
+    invalid: list[int] = field(default_factory=list)
+    overlong: list[int] = field(default_factory=list)
+    named: list[str] = field(default_factory=list)  # the first invalid rows, with the reason
+    worst: tuple[int, int] = (0, 0)  # row with the longest reference, and the tokens it is too long by
+    text: int = 0  # rows whose prompt is text
 
-    Raises:
-        `InputError`: if it holds a special token; `<|im_end|>`, say, would end the teacher's user turn.
-    """
-    found = next((token for token in tokenizer.all_special_tokens if token in reference), None)
-    if found is not None:
-        raise InputError(
-            f"column `{column}`: the reference holds the special token {found!r}, which would break out of the "
-            "teacher's turn. Remove it from the text."
-        )
+    def add(self, index: int, row: Row, fault: Fault | None) -> Fault | None:
+        """Counts a row; returns its fault, which may be that its format differs from that of the rows before."""
+        is_text = isinstance(row.get("prompt"), str)
+        usable = self.rows - len(self.invalid)
+        if (fault is None or fault.excess) and usable and is_text != (self.text == usable):
+            fault = Fault(_OTHER_FORMAT)
+        self.rows += 1
+        if fault is None or fault.excess:
+            self.text += is_text
+        if fault is not None and fault.excess:
+            self.overlong.append(index)
+            if fault.excess > self.worst[1]:
+                self.worst = (index, fault.excess)
+        elif fault is not None:
+            self.invalid.append(index)
+            if len(self.named) < _NAMED:
+                self.named.append(f"row {index}, {fault.reason}")
+        return fault
 
 
 @dataclass(frozen=True)
-class ReferenceLimit:
+class DatasetCheck:
     """
-    Finds, and on request truncates, references that are too long.
+    Reads every row of a dataset and applies the policies for rows that cannot be used.
 
     Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer of the student.
-        tokenize (`Callable[[list[Prompt]], list[list[int]]]`):
-            Renders and tokenizes teacher prompts.
-        build_contexts (`Callable[[Mapping], Contexts]`):
-            Row to contexts.
-        reference_column (`str`):
-            Name of the column that holds the worked solution.
-        max_reference_length (`int` or `None`):
-            Longest reference in tokens.
-        max_prompt_length (`int` or `None`):
-            Longest teacher prompt in tokens: the model's context minus `max_completion_length`.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    tokenize: Callable[[list[Prompt]], list[list[int]]]
-    build_contexts: Callable[[Mapping[str, Any]], Contexts]
-    reference_column: str
-    max_reference_length: int | None
-    max_prompt_length: int | None
-
-    def check(self, row: dict[str, Any], where: str) -> None:
-        """
-        Checks that contexts can be built from a row and rendered.
-
-        Args:
-            row (`dict[str, Any]`):
-                Dataset row.
-            where (`str`):
-                How the error names the row.
-
-        Raises:
-            `InputError`: if the row cannot be used; the message names row and column.
-        """
-        try:
-            self.build_contexts(row)
-            check_prompt(row["prompt"], self.tokenizer)
-            check_reference(self._reference(row), self.reference_column, self.tokenizer)
-        except InputError as error:
-            raise InputError(f"{where}, {error}") from None
-
-    def _reference(self, row: Mapping[str, Any]) -> str:
-        return reference_text(row[self.reference_column], self.reference_column)
-
-    def excess(self, rows: list[dict[str, Any]], where: str = "", first: int = 0) -> list[int]:
-        """
-        Tokens by which each row is too long, by either limit; 0 where it fits.
-
-        Args:
-            rows (`list[dict[str, Any]]`):
-                Dataset rows.
-            where (`str`, *optional*):
-                How errors name the rows' origin.
-            first (`int`, *optional*, defaults to `0`):
-                Number of the first row, for errors.
-
-        Returns:
-            `list[int]`: one number a row, in tokens.
-
-        Raises:
-            `InputError`: if the chat template refuses a prompt, e.g. one with a system turn.
-        """
-        contexts = [self.build_contexts(row) for row in rows]
-        lengths = self._prompt_lengths(contexts, where, first)
-        limit = self.max_prompt_length
-        excess = [0 if limit is None else max(0, length - limit) for length in lengths]
-        if self.max_reference_length is not None:
-            references = [self._reference(row) for row in rows]
-            reference_ids = self.tokenizer(text=references, add_special_tokens=False)["input_ids"]
-            over = (len(ids) - self.max_reference_length for ids in reference_ids)
-            excess = [max(a, b) for a, b in zip(excess, over, strict=True)]
-        return excess
-
-    def _prompt_lengths(self, contexts: list[Contexts], where: str, first: int) -> list[int]:
-        """Tokens of the longer of each row's two prompts that hold the reference."""
-        try:
-            teacher = self.tokenize([c.teacher for c in contexts])
-            reference_only = self.tokenize([c.reference_only for c in contexts])
-        except TemplateError as error:
-            if len(contexts) == 1:
-                raise InputError(
-                    f"{where}, row {first}, column `prompt`: the model's chat template refuses these messages "
-                    f"({error}). Many templates know no system turn, or want user and assistant to alternate."
-                ) from error
-            for index, context in enumerate(contexts):  # one of them is the culprit
-                self._prompt_lengths([context], where, first + index)
-            raise
-        return [max(len(a), len(b)) for a, b in zip(teacher, reference_only, strict=True)]
-
-    def truncate(self, row: dict[str, Any], where: str) -> dict[str, Any]:
-        """
-        Keeps as many first tokens of the reference as fit.
-
-        Args:
-            row (`dict[str, Any]`):
-                Dataset row.
-            where (`str`):
-                How the error names the row.
-
-        Returns:
-            `dict[str, Any]`: the row with a shorter reference, a string or messages as before.
-
-        Raises:
-            `InputError`: if the question alone leaves no room for a reference.
-        """
-        while (excess := self.excess([row])[0]) > 0:
-            # Retokenized text can be a token longer or shorter at the cut, hence the loop
-            shorter = self._without_last_tokens(self._reference(row), excess)
-            if not shorter.strip():
-                raise InputError(
-                    f"{where}: the question leaves no room for a reference (limit {self.max_prompt_length} prompt "
-                    f"tokens, {self.max_reference_length} reference tokens). Lower `max_completion_length` or leave "
-                    "the row out."
-                )
-            is_text = isinstance(row[self.reference_column], str)
-            reference = shorter if is_text else [{**row[self.reference_column][0], "content": shorter}]
-            row = {**row, self.reference_column: reference}
-        return row
-
-    def _without_last_tokens(self, text: str, count: int) -> str:
-        if not self.tokenizer.is_fast:  # no offsets: decode, less what a cut inside a character leaves
-            ids = self.tokenizer(text=text, add_special_tokens=False)["input_ids"]
-            return str(self.tokenizer.decode(ids[: max(0, len(ids) - count)])).rstrip("\ufffd")[: len(text) - 1]
-        offsets = self.tokenizer(text=text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        return text[: offsets[-count][0]] if count < len(offsets) else ""
-
-    def enforce(self, rows: list[dict[str, Any]], policy: str, where: str) -> list[dict[str, Any]]:
-        """
-        Applies the limit to rows that no pass before training has seen: streamed, or passed to `evaluate`.
-
-        Args:
-            rows (`list[dict[str, Any]]`):
-                Dataset rows.
-            policy (`str`):
-                `"error"` or `"truncate"`; `"drop"`, too late here, is an error as well.
-            where (`str`):
-                How errors name the rows.
-
-        Returns:
-            `list[dict[str, Any]]`: the rows, truncated where needed.
-
-        Raises:
-            `InputError`: if a row is too long and the policy is not `"truncate"`.
-        """
-        for index, row in enumerate(rows):
-            self.check(row, f"{where}, row {index}")
-        excess = self.excess(rows, where)
-        if policy != "truncate" and any(excess):
-            raise InputError(_overlong_message(where, {i: e for i, e in enumerate(excess) if e}, len(rows)))
-        named = zip(rows, excess, (f"{where}, row {index}" for index in range(len(rows))), strict=True)
-        return [self.truncate(row, name) if e else row for row, e, name in named]
-
-
-def prepare_dataset(
-    dataset: AnyDataset,
-    name: str,
-    *,
-    limit: ReferenceLimit,
-    policy: str,
-    report: Callable[[str], None],
-    show_progress: bool = True,
-) -> AnyDataset:
-    """
-    Reads every row once: checks it and applies the policy for references that are too long.
-
-    Args:
-        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Dataset with `prompt` and the reference column.
-        name (`str`):
-            How messages name the dataset.
-        limit ([`ReferenceLimit`]):
-            The limit and how to measure it.
-        policy (`str`):
+        reader ([`RowReader`]):
+            Reads rows.
+        invalid_rows (`str`):
+            `"error"` or `"drop"`.
+        overlong_reference (`str`):
             `"error"`, `"drop"` or `"truncate"`.
-        report (`Callable[[str], None]`):
-            Prints one line.
+        output_dir (`str`):
+            Folder for the file with the rows that were left out.
+        accelerator ([`~accelerate.Accelerator`]):
+            Processes that share the result.
         show_progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar.
+        cache_key (`str`, *optional*):
+            Everything but the data that the result depends on. `None` keeps no result.
+    """
+
+    reader: RowReader
+    invalid_rows: str
+    overlong_reference: str
+    output_dir: str
+    accelerator: Accelerator
+    show_progress: bool = True
+    cache_key: str | None = None
+
+    def __call__(self, dataset: AnyDataset, name: str, least_rows: int = 1) -> AnyDataset:
+        """
+        Checks a dataset.
+
+        Args:
+            dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+                Dataset with `prompt` and the reference column.
+            name (`str`):
+                How messages name the dataset.
+            least_rows (`int`, *optional*, defaults to `1`):
+                Rows of one generation batch.
+
+        Returns:
+            The dataset without the rows that were dropped. A streamed dataset is checked as its rows arrive.
+
+        Raises:
+            `InputError`: if a row cannot be used and is not to be dropped, or too few are left.
+        """
+        if isinstance(dataset, IterableDataset):
+            return dataset.filter(_StreamCheck(self, name), with_indices=True)
+        findings = on_main_process(lambda: self._find(dataset, name), self.accelerator)
+        left_out = list(findings.invalid)
+        if findings.invalid and self.invalid_rows == "error":
+            raise InputError(_invalid_message(name, findings))
+        if findings.overlong and self.overlong_reference == "error":
+            raise InputError(_overlong_message(name, findings))
+        if findings.text and self.reader.chat_template is not None:
+            logger.warning(_text_warning(name))
+        for rows, policy, what in (
+            (findings.invalid, self.invalid_rows, "that cannot be used"),
+            (findings.overlong, self.overlong_reference, "whose reference is too long"),
+        ):
+            if rows and policy == "truncate":
+                count = f"the reference of {len(rows)} of {findings.rows} rows is too long and will be truncated."
+                self.accelerator.print(f"{name}: {count}")
+            elif rows:
+                self.accelerator.print(f"{name}: dropped {len(rows)} of {findings.rows} rows {what}.")
+                left_out = sorted({*left_out, *rows})
+        if (usable := findings.rows - len(left_out)) < least_rows:
+            raise InputError(
+                f"{name} has {usable} usable rows, fewer than the {least_rows} of one generation batch "
+                "(`per_device_train_batch_size` x processes x `gradient_accumulation_steps`). Lower one of these, or "
+                "add rows."
+            )
+        if not left_out:
+            return dataset
+        if self.accelerator.is_main_process:
+            self._write(dataset, name, left_out)
+        return dataset.select(np.delete(np.arange(len(dataset)), left_out))
+
+    def _find(self, dataset: Dataset, name: str) -> Findings:
+        cached = self._cache_file(dataset)
+        if cached is not None and cached.is_file():
+            try:
+                return Findings(**json.loads(cached.read_text(encoding="utf-8")))
+            except (ValueError, TypeError):
+                logger.warning("%s is damaged, so %s is checked again.", cached, name)
+        findings = Findings()
+        with tqdm(total=len(dataset), desc=f"Checking {name}", unit=" rows", disable=not self.show_progress) as bar:
+            for start, rows in row_blocks(dataset):
+                for index, (row, fault) in enumerate(zip(rows, self.reader.faults(rows), strict=True), start):
+                    findings.add(index, row, fault)
+                bar.update(len(rows))
+        if cached is not None:
+            _keep(cached, findings)
+        return findings
+
+    def _cache_file(self, dataset: Dataset) -> Path | None:
+        if self.cache_key is None:
+            return None
+        key = hashlib.sha256(f"{dataset._fingerprint} {self.cache_key}".encode()).hexdigest()
+        return Path(datasets.config.HF_DATASETS_CACHE) / "purified_opsd_trl" / f"{key}.json"
+
+    def _write(self, dataset: Dataset, name: str, left_out: list[int]) -> None:
+        file = LeftOutRows(self.output_dir)
+        for start in range(0, len(left_out), _READ_ROWS):
+            indices = left_out[start : start + _READ_ROWS]
+            rows = [dataset[i] for i in indices]
+            for index, row, fault in zip(indices, rows, self.reader.faults(rows), strict=True):
+                file.add(name, index, row, _OTHER_FORMAT if fault is None else fault.reason)
+
+
+class _StreamCheck:
+    """Filter of a streamed dataset: `(row, position) -> keep?`."""
+
+    def __init__(self, check: DatasetCheck, name: str):
+        self.check, self.name = check, name
+        self.findings = Findings()
+        self.file = LeftOutRows(check.output_dir)
+
+    def __call__(self, row: Row, index: int) -> bool:
+        if index == 0:
+            self.findings = Findings()  # another epoch
+        found, check = self.findings, self.check
+        fault = found.add(index, row, check.reader.faults([row])[0])
+        if found.text == 1 and found.rows - len(found.invalid) == 1 and check.reader.chat_template is not None:
+            logger.warning(_text_warning(self.name))
+        policy = check.overlong_reference if fault is not None and fault.excess else check.invalid_rows
+        if fault is None or policy == "truncate":
+            return True
+        if policy == "error":
+            raise InputError(
+                _overlong_message(self.name, found) if fault.excess else _invalid_message(self.name, found)
+            )
+        count = len(found.invalid) + len(found.overlong)
+        if count <= _NAMED or count % 100 == 0:
+            logger.warning("%s: left out row %d (%d so far), %s", self.name, index, count, fault.reason)
+        if check.accelerator.is_main_process:
+            self.file.add(self.name, index, row, fault.reason)
+        return False
+
+
+class LeftOutRows:
+    """
+    File of the rows that were left out, one JSON object per line: dataset, row, reason, and the row itself.
+
+    Lines are appended, each once: a resumed run, or another epoch, meets the same rows again.
+
+    Args:
+        output_dir (`str`):
+            Folder of the file.
+    """
+
+    def __init__(self, output_dir: str):
+        self.path = Path(output_dir) / INVALID_ROWS_FILE
+        self._known: set[bytes] | None = None  # digests of the lines, read when the first one is added
+
+    def add(self, name: str, index: int, row: Row, reason: str) -> None:
+        """Appends a row unless the file has it."""
+        line = json.dumps({"dataset": name, "row": index, "reason": reason, "data": dict(row)}, default=str)
+        if self._known is None:
+            lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
+            self._known = {_digest(known) for known in lines}
+        if _digest(line) in self._known:
+            return
+        self._known.add(_digest(line))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+class FirstStepGuard(TrainerCallback):
+    """Refuses a training that ended before its first step because a streamed dataset had too few usable rows."""
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0 and args.max_steps > 0:
+            raise InputError(
+                "train_dataset ended before the first step: it has fewer usable rows than one generation batch. Check "
+                f"{Path(args.output_dir) / INVALID_ROWS_FILE}, or lower `per_device_train_batch_size` or "
+                "`gradient_accumulation_steps`."
+            )
+
+
+def on_main_process(compute: Callable[[], _Result], accelerator: Accelerator) -> _Result:
+    """
+    Computes on the main process alone; every process gets its result, or raises its error.
+
+    Args:
+        compute (`Callable[[], T]`):
+            What to compute.
+        accelerator ([`~accelerate.Accelerator`]):
+            Processes, all of which must call.
 
     Returns:
-        The dataset: the same rows, fewer (`"drop"`) or with shorter references (`"truncate"`). A streamed dataset is
-        returned as it is; its rows are checked as they arrive.
-
-    Raises:
-        `InputError`: if a row cannot be used, if rows are too long under `"error"`, or if none is left.
+        What the main process computed.
     """
-    if isinstance(dataset, IterableDataset):
-        if policy == "drop":
-            raise InputError(
-                f"{name} is streamed, so rows cannot be dropped up front. Set `overlong_reference` to `truncate` or "
-                "`error`, or filter the dataset yourself."
-            )
-        return dataset
-    if isinstance(dataset[0]["prompt"], str) and limit.tokenizer.chat_template is not None:
-        logger.warning(
-            "%s: the prompts are text, so the model's chat template is not applied. Give messages "
-            '(`[{"role": "user", "content": ...}]`) if this is a chat model.',
-            name,
-        )
-    excess: dict[int, int] = {}
-    blocks = tqdm(
-        row_blocks(dataset),
-        total=-(-len(dataset) // _READ_ROWS),
-        desc=f"Checking {name}",
-        unit="block",
-        disable=not show_progress,
-    )
-    for start, rows in blocks:
-        for index, row in enumerate(rows, start):
-            limit.check(row, f"{name}, row {index}")
-        excess.update({start + i: tokens for i, tokens in enumerate(limit.excess(rows, name, start)) if tokens})
-    if not excess:
-        return dataset
-    if policy == "error":
-        raise InputError(_overlong_message(name, excess, len(dataset)))
-    if policy == "drop":
-        report(f"{name}: dropped {len(excess)} of {len(dataset)} rows whose reference is too long.")
-        if len(excess) == len(dataset):
-            raise InputError(_overlong_message(name, excess, len(dataset)))
-        return dataset.select([i for i in range(len(dataset)) if i not in excess])
-    column = limit.reference_column
-    shorter = {i: limit.truncate(dataset[i], f"{name}, row {i}")[column] for i in excess}
-    report(f"{name}: truncated the reference of {len(shorter)} of {len(dataset)} rows.")
-    return dataset.map(_Replace(column, shorter), with_indices=True, desc=f"Truncating {name}")
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = compute()
+        except Exception as error:
+            outcome[1] = error
+    if accelerator.num_processes > 1:
+        broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
-@dataclass(frozen=True)
-class _Replace:
-    """Puts other values into some rows of a column; a plain object, so that `datasets` can hash it."""
+def _keep(path: Path, findings: Findings) -> None:
+    """Writes a result for the next run; a folder that cannot be written only costs that run the time."""
+    temporary = path.with_suffix(f".{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(vars(findings)), encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        logger.warning("The check of the data cannot be kept for the next run: %s", error)
 
-    column: str
-    values: dict[int, Any]
 
-    def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
-        return {self.column: self.values.get(index, row[self.column])}
+def _digest(line: str) -> bytes:
+    return hashlib.sha256(line.encode()).digest()
 
 
-def _overlong_message(where: str, excess: dict[int, int], total: int) -> str:
-    worst = max(excess, key=lambda i: excess[i])
+def _text_warning(name: str) -> str:
     return (
-        f"{where}: {len(excess)} of {total} rows have a reference that is too long (row {worst} by {excess[worst]} "
-        "tokens). Set `overlong_reference` to `drop` or `truncate`, raise `max_reference_length`, or lower "
+        f"{name}: the prompts are text, so the model's chat template is not applied. Give messages "
+        '(`[{"role": "user", "content": ...}]`) if this is a chat model.'
+    )
+
+
+def _invalid_message(name: str, findings: Findings) -> str:
+    more = len(findings.invalid) - len(findings.named)
+    named = "; ".join(findings.named) + (f"; and {more} more" if more else "")
+    return (
+        f"{name}, {named} ({len(findings.invalid)} of {findings.rows} rows cannot be used; set `invalid_rows: drop` "
+        "to leave such rows out)"
+    )
+
+
+def _overlong_message(name: str, findings: Findings) -> str:
+    worst, excess = findings.worst
+    return (
+        f"{name}: {len(findings.overlong)} of {findings.rows} rows have a reference that is too long (row {worst} by "
+        f"{excess} tokens). Set `overlong_reference` to `drop` or `truncate`, raise `max_reference_length`, or lower "
         "`max_completion_length`."
     )

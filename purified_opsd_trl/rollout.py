@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 from datasets import IterableDataset
-from jinja2 import TemplateError
 from transformers import AutoTokenizer
 from trl.trainer.utils import get_config_model_id
 
 from .config import PurifiedOPSDConfig
-from .contexts import Contexts, Prompt
+from .contexts import Contexts
 from .dataset import AnyDataset, row_blocks
-from .errors import InputError
+from .rows import RowReader
 
 
 logger = logging.getLogger(__name__)
@@ -46,8 +45,8 @@ def reserve_vllm_length(
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Tokenizer.
         datasets (`Iterable[tuple[str, Dataset]]`):
-            Names and data sets. With a streamed one the length stays unset, and a warning says so; as it does where a
-            row cannot be used, which the check of the data set will name.
+            Names and datasets. With a streamed one the length stays unset, and a warning says so. Rows that cannot be
+            used do not count; the check of the dataset names them.
         build_contexts (`Callable[[Mapping], Contexts]`):
             Row to contexts.
         tools (`list`, *optional*):
@@ -61,6 +60,8 @@ def reserve_vllm_length(
             revision=dict(args.model_init_kwargs or {}).get("revision"),  # type: ignore[arg-type]  # no longer JSON text
             trust_remote_code=args.trust_remote_code,
         )
+    template_kwargs: dict[str, Any] = {"tools": tools or None, **dict(args.chat_template_kwargs or {})}  # type: ignore[arg-type]
+    reader = RowReader(processing_class, build_contexts, args.reference_column, template_kwargs=template_kwargs)
     longest = 0
     for name, dataset in datasets:
         if isinstance(dataset, IterableDataset):
@@ -71,26 +72,9 @@ def reserve_vllm_length(
             )
             return
         for _, rows in row_blocks(dataset):
-            try:
-                prompts = [build_contexts(row).question for row in rows]
-                longest = max(longest, *map(len, _tokenize(prompts, processing_class, args, tools)))
-            except (InputError, TemplateError, ValueError):
-                return
-    args.vllm_max_model_length = longest + int(args.max_completion_length or 0)
-
-
-def _tokenize(prompts: list[Prompt], tokenizer: Any, args: PurifiedOPSDConfig, tools: list[Any] | None) -> Any:
-    """Token ids of prompts as TRL's rollout renders them."""
-    if isinstance(prompts[0], str):
-        return tokenizer(text=prompts)["input_ids"]
-    return tokenizer.apply_chat_template(
-        prompts,
-        tools=tools or None,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=False,
-        **dict(args.chat_template_kwargs or {}),  # type: ignore[arg-type]
-    )
+            longest = reader.longest_base(rows, at_least=longest)
+    if longest:
+        args.vllm_max_model_length = longest + int(args.max_completion_length or 0)
 
 
 def merge_without_drift(generation: Any) -> None:

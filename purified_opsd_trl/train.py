@@ -78,7 +78,7 @@ def main(
         model_args ([`~trl.ModelConfig`]):
             Which model, and its adapter.
         dataset_args ([`~trl.DatasetMixtureConfig`]):
-            Mixture of data sets.
+            Mixture of datasets.
 
     Returns:
         [`PurifiedOPSDTrainer`]: after training.
@@ -91,8 +91,8 @@ def main(
         raise InputError("No model is named. Set `model_name_or_path` to a folder or a hub id.")
     _check_extras(training_args, model_args)
     checkpoint = check_checkpoint(training_args)
-    if script_args.dataset_reference_column is not None:
-        training_args.reference_column = script_args.dataset_reference_column
+    if script_args.mapped_reference_column is not None:
+        training_args.reference_column = script_args.mapped_reference_column
     splits = load_splits(script_args, dataset_args)
     train_dataset = pick_split(splits, script_args.dataset_train_split, "dataset_train_split")
     eval_dataset = None

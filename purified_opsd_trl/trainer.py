@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import is_peft_model
 from datasets import IterableDataset
+from torch.utils.data import DataLoader
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from transformers.utils import logging
 from trl import DistillationTrainer
@@ -24,7 +25,7 @@ from .checkpoints import WholeCheckpoints
 from .collator import PurificationCollator, ScoringBatch, unpad
 from .config import PurifiedOPSDConfig
 from .contexts import Contexts, Prompt, build_contexts
-from .dataset import AnyDataset, ReferenceLimit, check_columns, prepare_dataset
+from .dataset import AnyDataset, DatasetCheck, FirstStepGuard, as_dataset, check_columns
 from .errors import InputError
 from .extras import require_extra
 from .head import LMHead
@@ -36,6 +37,7 @@ from .monitoring.metrics import TokenMeans, clock, loss_sums, reduce_loss_sums, 
 from .monitoring.report import ReportCallback
 from .purification import purified_target_logits
 from .rollout import merge_without_drift, reserve_vllm_length
+from .rows import RowReader
 from .scores import TeacherScores
 from .scoring import TeacherScoringCallback
 
@@ -84,7 +86,7 @@ class PurifiedOPSDTrainer(WholeCheckpoints, DistillationTrainer):
             Student, and its own teacher: a model id, a path or an instance.
         args ([`PurifiedOPSDConfig`], *optional*):
             Configuration for this trainer. If `None`, a default configuration is used.
-        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`] or list of `dict`):
             Dataset with the columns `"prompt"` and `args.reference_column`, each text or messages.
         eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict`, *optional*):
             Dataset(s) to evaluate on, with the same columns.
@@ -150,6 +152,12 @@ class PurifiedOPSDTrainer(WholeCheckpoints, DistillationTrainer):
         if not isinstance(args, PurifiedOPSDConfig):
             raise InputError(f"`args` must be a PurifiedOPSDConfig, got {type(args).__name__}.")
         _refuse_unusable(args, teacher_model)
+        if train_dataset is not None:
+            train_dataset = as_dataset(train_dataset, "train_dataset")
+        if isinstance(eval_dataset, Mapping):
+            eval_dataset = {key: as_dataset(data, f"eval_dataset[{key!r}]") for key, data in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_dataset = as_dataset(eval_dataset, "eval_dataset")
         for name, dataset in _named_datasets(train_dataset, eval_dataset):
             check_columns(dataset, name, args.reference_column)  # before the model is loaded
         if args.use_vllm:
@@ -206,33 +214,51 @@ class PurifiedOPSDTrainer(WholeCheckpoints, DistillationTrainer):
                 f"`max_completion_length` ({args.max_completion_length} tokens) leaves no room for a prompt in the "
                 f"model's context of {context} tokens. Lower it."
             )
-        self._reference_limit = ReferenceLimit(
-            tokenizer=self._tokenizer,
-            tokenize=self._tokenize_teacher_prompts,
-            build_contexts=self.build_contexts,
-            reference_column=args.reference_column,
+        kwargs = (
+            self.chat_template_kwargs
+            if args.teacher_chat_template_kwargs is None
+            else args.teacher_chat_template_kwargs
+        )
+        self._reader = RowReader(
+            self.processing_class,
+            self.build_contexts,
+            args.reference_column,
+            template_kwargs={"tools": self.tools or None, "chat_template": self.chat_template, **kwargs},  # type: ignore[dict-item]
             max_reference_length=args.max_reference_length,
             max_prompt_length=None if context is None else context - args.max_completion_length,
+            truncate=args.overlong_reference == "truncate",
         )
-
-        def prepare(dataset: AnyDataset, name: str) -> AnyDataset:
-            return prepare_dataset(
-                dataset,
-                name,
-                limit=self._reference_limit,
-                policy=args.overlong_reference,
-                report=self.accelerator.print,
-                show_progress=self.accelerator.is_local_main_process and not args.disable_tqdm,
-            )
-
+        overridden = type(self).build_contexts is not PurifiedOPSDTrainer.build_contexts
+        self._check_dataset = DatasetCheck(
+            self._reader,
+            args.invalid_rows,
+            args.overlong_reference,
+            args.output_dir or "",
+            self.accelerator,
+            show_progress=self.accelerator.is_local_main_process and not args.disable_tqdm,
+            cache_key=None if overridden else self._reader.fingerprint(),
+        )
         if self.train_dataset is not None:
-            self.train_dataset = prepare(self.train_dataset, "train_dataset")
+            batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+            self.train_dataset = self._check_dataset(
+                self.train_dataset, "train_dataset", batch * self.accelerator.num_processes
+            )
+        if isinstance(self.train_dataset, IterableDataset):
+            self.add_callback(FirstStepGuard())
         if isinstance(self.eval_dataset, Mapping):
             self.eval_dataset = {
-                key: prepare(dataset, f"eval_dataset[{key!r}]") for key, dataset in self.eval_dataset.items()
+                key: self._check_dataset(dataset, f"eval_dataset[{key!r}]")
+                for key, dataset in self.eval_dataset.items()
             }
         elif self.eval_dataset is not None:
-            self.eval_dataset = prepare(self.eval_dataset, "eval_dataset")
+            self.eval_dataset = self._check_dataset(self.eval_dataset, "eval_dataset")
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        if eval_dataset is not None and not isinstance(eval_dataset, str):  # passed to `evaluate`
+            eval_dataset = as_dataset(eval_dataset, "eval_dataset")
+            check_columns(eval_dataset, "eval_dataset", self.args.reference_column)
+            eval_dataset = self._check_dataset(eval_dataset, "eval_dataset")
+        return super().get_eval_dataloader(eval_dataset)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -248,7 +274,7 @@ class PurifiedOPSDTrainer(WholeCheckpoints, DistillationTrainer):
                 Dataset row with all its columns.
 
         Returns:
-            [`Contexts`]: the student and the base see `question`; `teacher` and `reference_only` are the frozen
+            [`Contexts`]: the student and the base see `base`; `teacher` and `reference_only` are the frozen
             model's alone.
 
         Raises:
@@ -305,8 +331,8 @@ class PurifiedOPSDTrainer(WholeCheckpoints, DistillationTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         mode = "train" if self.model.training else "eval"
-        contexts = self._contexts(inputs)
-        inputs = [{**row, "prompt": context.question} for row, context in zip(inputs, contexts, strict=True)]
+        contexts = self._reader.contexts(inputs, f"step {self.state.global_step}, generation batch")
+        inputs = [{"prompt": context.base} for context in contexts]
         started = time.perf_counter()
         output = super()._generate_and_score_completions(inputs)
         self._metrics[mode]["timing/generation_seconds"].append(time.perf_counter() - started)
@@ -329,13 +355,6 @@ class PurifiedOPSDTrainer(WholeCheckpoints, DistillationTrainer):
         for name, value in scoring_metrics(scores.stats, self.accelerator).items():
             self._metrics[mode][name].append(value)
         return output
-
-    def _contexts(self, rows: list[dict[str, Any]]) -> list[Contexts]:
-        # Map-style training data was checked before training; a data set passed to `evaluate` may not have been
-        if not self.model.training or isinstance(self.train_dataset, IterableDataset):
-            where = f"step {self.state.global_step}, generation batch"
-            rows = self._reference_limit.enforce(rows, self.args.overlong_reference, where)
-        return [self.build_contexts(row) for row in rows]
 
     def _score(self, contexts: list[Contexts], output: dict[str, Any]) -> TeacherScores:
         prompt_ids = {"teacher": self._tokenize_teacher_prompts([c.teacher for c in contexts])}

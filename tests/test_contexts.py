@@ -66,7 +66,7 @@ FRAMES = [
 def test_single_turn_under_every_template(make_tokenizer, template, kwargs, before, after) -> None:
     tokenizer = make_tokenizer(template)
     contexts = contexts_of([USER])
-    assert render(tokenizer, contexts.question, **kwargs) == before + QUESTION + after
+    assert render(tokenizer, contexts.base, **kwargs) == before + QUESTION + after
     assert render(tokenizer, contexts.teacher, **kwargs) == before + FILLED_TEACHER + after
     assert render(tokenizer, contexts.reference_only, **kwargs) == before + FILLED_REFERENCE + after
 
@@ -105,7 +105,7 @@ def test_system_turns_stay_and_only_the_question_goes(make_tokenizer, template) 
     tokenizer = make_tokenizer(template)
     contexts = contexts_of([SYSTEM, *EARLIER, USER])
     full, without_question = MULTI_TURN[template]
-    assert render(tokenizer, contexts.question) == full % QUESTION
+    assert render(tokenizer, contexts.base) == full % QUESTION
     assert render(tokenizer, contexts.teacher) == full % FILLED_TEACHER
     assert render(tokenizer, contexts.reference_only) == without_question % FILLED_REFERENCE
 
@@ -116,7 +116,7 @@ def test_gemma_multi_turn_alternates_in_every_context(make_tokenizer) -> None:
     before = "<bos><start_of_turn>user\n"
     exchange = "Hello.<end_of_turn>\n<start_of_turn>model\n<think>\nhm\n</think>\n\nHi.<end_of_turn>\n"
     after = "<end_of_turn>\n<start_of_turn>model\n"
-    assert render(tokenizer, contexts.question) == before + exchange + "<start_of_turn>user\n" + QUESTION + after
+    assert render(tokenizer, contexts.base) == before + exchange + "<start_of_turn>user\n" + QUESTION + after
     assert render(tokenizer, contexts.teacher) == before + exchange + "<start_of_turn>user\n" + FILLED_TEACHER + after
     assert render(tokenizer, contexts.reference_only) == before + FILLED_REFERENCE + after
 
@@ -124,7 +124,7 @@ def test_gemma_multi_turn_alternates_in_every_context(make_tokenizer) -> None:
 @pytest.mark.parametrize("template", ["gemma", "chatml_no_system"])
 def test_system_turn_is_never_dropped_for_a_template_without_one(make_tokenizer, template) -> None:
     contexts = contexts_of([SYSTEM, USER])
-    for messages in (contexts.question, contexts.teacher, contexts.reference_only):
+    for messages in (contexts.base, contexts.teacher, contexts.reference_only):
         with pytest.raises(TemplateError):
             render(make_tokenizer(template), messages)
 
@@ -138,15 +138,15 @@ def test_token_ids_of_the_three_contexts(make_tokenizer) -> None:
 
     start, end, think, no_think = 259, 260, 272, 273
     tail = [end, *b"\n", start, *b"assistant\n"]
-    assert ids("qwen3", contexts.question) == [start, *b"user\n1+1?", *tail]
+    assert ids("qwen3", contexts.base) == [start, *b"user\n1+1?", *tail]
     assert ids("qwen3", contexts.teacher) == [start, *b"user\nQ: 1+1? R: 2 \\boxed{}", *tail]
     assert ids("qwen3", contexts.reference_only) == [start, *b"user\nR: 2 \\boxed{}", *tail]
     thinking_off = [*tail, think, *b"\n\n", no_think, *b"\n\n"]
-    assert ids("qwen3", contexts.question, enable_thinking=False) == [start, *b"user\n1+1?", *thinking_off]
+    assert ids("qwen3", contexts.base, enable_thinking=False) == [start, *b"user\n1+1?", *thinking_off]
     assert ids("deepseek_r1_distill", contexts.reference_only) == [268, 269, *b"R: 2 \\boxed{}", 270, think, *b"\n"]
     header = [262, *b"user", 263, *b"\n\n"]
-    assert ids("llama3", contexts.question) == [261, *header, *b"1+1?", 264, 262, *b"assistant", 263, *b"\n\n"]
-    assert ids("gemma", contexts.question) == [265, 266, *b"user\n1+1?", 267, *b"\n", 266, *b"model\n"]
+    assert ids("llama3", contexts.base) == [261, *header, *b"1+1?", 264, 262, *b"assistant", 263, *b"\n\n"]
+    assert ids("gemma", contexts.base) == [265, 266, *b"user\n1+1?", 267, *b"\n", 266, *b"model\n"]
 
 
 @pytest.mark.parametrize("template", ["chatml", "qwen3", "llama3", "deepseek_r1_distill", "gemma"])
@@ -157,7 +157,7 @@ def test_no_reference_text_in_the_students_ids(make_tokenizer, template) -> None
     contexts = contexts_of([*system, {"role": "user", "content": "what is it"}], "XYZ ZYX")
     student, teacher, reference_only = (
         tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-        for messages in (contexts.question, contexts.teacher, contexts.reference_only)
+        for messages in (contexts.base, contexts.teacher, contexts.reference_only)
     )
     assert not set(b"XYZ").intersection(student)
     assert set(b"XYZ") <= set(teacher) and set(b"XYZ") <= set(reference_only)
@@ -170,13 +170,13 @@ def test_no_reference_text_in_the_students_ids(make_tokenizer, template) -> None
 
 def test_text_prompts_become_the_filled_templates() -> None:
     contexts = contexts_of(QUESTION)
-    assert contexts == Contexts(question=QUESTION, teacher=FILLED_TEACHER, reference_only=FILLED_REFERENCE)
+    assert contexts == Contexts(base=QUESTION, teacher=FILLED_TEACHER, reference_only=FILLED_REFERENCE)
 
 
 def test_question_is_the_rows_prompt_and_the_row_is_not_changed() -> None:
     prompt = [dict(SYSTEM), *(dict(turn) for turn in EARLIER), dict(USER)]
     contexts = contexts_of(prompt)
-    assert contexts.question == [SYSTEM, *EARLIER, USER]
+    assert contexts.base == [SYSTEM, *EARLIER, USER]
     contexts.teacher[0]["content"] = contexts.reference_only[0]["content"] = "changed"
     assert prompt == [SYSTEM, *EARLIER, USER]
 
@@ -185,7 +185,7 @@ def test_the_last_user_turn_is_the_question_also_before_tool_turns() -> None:
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
     tool = {"role": "tool", "name": "f", "content": "4"}
     contexts = contexts_of([*EARLIER, USER, call, tool])
-    assert contexts.question == [*EARLIER, USER, call, tool]
+    assert contexts.base == [*EARLIER, USER, call, tool]
     assert contexts.teacher == [*EARLIER, {"role": "user", "content": FILLED_TEACHER}, call, tool]
     assert contexts.reference_only == [{"role": "user", "content": FILLED_REFERENCE}]
 
@@ -218,7 +218,7 @@ def test_list_of_parts_content_is_text_in_every_context(make_tokenizer, template
     tail = "<|im_end|>\n<|im_start|>assistant\n"
     assert render(tokenizer, contexts.teacher) == system + "Q: 1+1? R: 2 \\boxed{}" + tail
     assert render(tokenizer, contexts.reference_only) == system + "R: 2 \\boxed{}" + tail
-    assert render(tokenizer, contexts.question) == system + "1+1?" + tail
+    assert render(tokenizer, contexts.base) == system + "1+1?" + tail
 
 
 def test_fill_template_fills_once_and_leaves_other_braces() -> None:
@@ -245,12 +245,12 @@ def test_every_row_of_the_fixture_data(conversational_dataset, standard_dataset,
         question = row["prompt"] if is_text else row["prompt"][-1]["content"]
         student, teacher, reference_only = (
             context if is_text else render(tokenizer, context)
-            for context in (contexts.question, contexts.teacher, contexts.reference_only)
+            for context in (contexts.base, contexts.teacher, contexts.reference_only)
         )
         assert question in student and row["reference"] not in student
         assert question in teacher and row["reference"] in teacher
         assert question not in reference_only and row["reference"] in reference_only
-        assert contexts.question == row["prompt"]
+        assert contexts.base == row["prompt"]
 
 
 # --- bad input ----------------------------------------------------------------------------------------------------

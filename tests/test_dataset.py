@@ -1,12 +1,20 @@
 """What is decided before training: columns, bad rows by number, references that are too long, streamed data."""
 
+import json
+import logging
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from datasets import Dataset, IterableDataset
+import torch
+from accelerate import Accelerator
+from datasets import Dataset, DatasetDict, IterableDataset
 
-from purified_opsd_trl import Contexts, InputError, build_contexts
-from purified_opsd_trl.dataset import ReferenceLimit, check_columns, check_prompt, prepare_dataset
+from purified_opsd_trl import Contexts, InputError, PurifiedOPSDConfig, PurifiedOPSDTrainer, build_contexts
+from purified_opsd_trl.backbone import context_length
+from purified_opsd_trl.dataset import DatasetCheck, as_dataset, check_columns
+from purified_opsd_trl.rows import RowReader
 
 
 def build(row: dict[str, Any]):
@@ -18,28 +26,51 @@ def build(row: dict[str, Any]):
     )
 
 
-def limit(tokenizer, max_reference_length: int | None = None, max_prompt_length: int | None = None) -> ReferenceLimit:
-    def tokenize(prompts: list) -> list[list[int]]:
-        if isinstance(prompts[0], str):
-            return tokenizer(text=prompts)["input_ids"]
-        return tokenizer.apply_chat_template(prompts, add_generation_prompt=True)["input_ids"]
-
-    return ReferenceLimit(tokenizer, tokenize, build, "reference", max_reference_length, max_prompt_length)
-
-
-def prepare(dataset, limit: ReferenceLimit, policy: str = "error"):
-    lines: list[str] = []
-    prepared = prepare_dataset(
-        dataset, "train_dataset", limit=limit, policy=policy, report=lines.append, show_progress=False
+def reader_of(tokenizer, max_reference_length=None, max_prompt_length=None, truncate=False, build=build) -> RowReader:
+    return RowReader(
+        tokenizer,
+        build,
+        "reference",
+        max_reference_length=max_reference_length,
+        max_prompt_length=max_prompt_length,
+        truncate=truncate,
     )
-    return prepared, lines
+
+
+@pytest.fixture
+def prepare(tokenizer, tmp_path, capsys):
+    """Checks a dataset; returns what is left and what was printed. `reader` are arguments of `reader_of`."""
+
+    def run(dataset, policy="error", invalid="error", tokenizer=tokenizer, least=1, cache=None, **reader):
+        reader = reader_of(tokenizer, truncate=policy == "truncate", **reader)
+        check = DatasetCheck(reader, invalid, policy, str(tmp_path), Accelerator(cpu=True), False, cache)
+        prepared = check(dataset, "train_dataset", least)
+        return prepared, capsys.readouterr().out.splitlines()
+
+    return run
+
+
+def references_of(tokenizer, rows, **limits) -> list[str]:
+    """The references as the reference-only prompt holds them after truncation."""
+    contexts = reader_of(tokenizer, truncate=True, **limits).contexts(rows, "rows")
+    prompts = [c.reference_only for c in contexts]
+    texts = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in prompts]
+    return [text.removeprefix("R: ") for text in texts]
+
+
+def excess(tokenizer, rows, **limits) -> list[int]:
+    return [fault.excess if fault else 0 for fault in reader_of(tokenizer, **limits).faults(rows)]
 
 
 def rows_of(*references: Any, prompt: Any = "q") -> Dataset:
     return Dataset.from_list([{"prompt": prompt, "reference": reference} for reference in references])
 
 
-# --- columns ------------------------------------------------------------------------------------------------------
+def left_out(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "invalid_rows.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+# --- columns and kinds of data ------------------------------------------------------------------------------------
 
 
 def test_missing_columns_are_named_and_the_present_ones_listed() -> None:
@@ -72,216 +103,344 @@ def test_empty_dataset_and_images() -> None:
         check_columns(dataset, "train_dataset", "reference")
 
 
-# --- rows ---------------------------------------------------------------------------------------------------------
+class Rows(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, i: int) -> dict[str, str]:
+        return {"prompt": f"q{i}", "reference": f"r{i}"}
 
 
-def test_bad_rows_are_named_by_dataset_row_and_column(tokenizer) -> None:
+def test_lists_and_torch_datasets_become_datasets() -> None:
+    chat = [{"role": "user", "content": "q"}]
+    rows = [{"prompt": chat, "reference": "r"}, {"prompt": "q", "reference": None, "source": "x"}]
+    assert as_dataset(rows, "train_dataset").to_list() == [{**rows[0], "source": None}, rows[1]]
+    assert as_dataset(Rows(), "train_dataset")[1] == {"prompt": "q1", "reference": "r1"}
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (iter([1]), "train_dataset must be a `Dataset` or `IterableDataset` .* or a list of rows, got list_iterator"),
+        ("data.jsonl", "train_dataset must be .*, got str"),
+        ({"prompt": ["q"]}, "train_dataset must be .*, got dict"),
+        (["q"], "train_dataset, row 0: a row must map column names to values, got str"),
+        (DatasetDict({"train": rows_of("r")}), "train_dataset holds several splits \\(train\\)"),
+        ([{"prompt": "\ud800", "reference": "r"}], "train_dataset cannot be converted"),
+    ],
+)
+def test_other_kinds_of_data_are_one_line(data, message) -> None:
+    with pytest.raises(InputError, match=message) as error:
+        as_dataset(data, "train_dataset")
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_list_trains(make_model, tokenizer, arguments) -> None:
+    rows = [{"prompt": [{"role": "user", "content": "1+1?"}], "reference": "2"}] * 2
+    trainer = PurifiedOPSDTrainer(
+        make_model(), PurifiedOPSDConfig(**{**arguments, "max_steps": 1}), rows, processing_class=tokenizer
+    )
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+# --- rows that cannot be used -------------------------------------------------------------------------------------
+
+
+def test_bad_rows_are_named_by_dataset_row_and_column(prepare) -> None:
     references = [f"r{i}" for i in range(300)]
     references[270] = "  "
     with pytest.raises(InputError) as error:
-        prepare(rows_of(*references), limit(tokenizer))
+        prepare(rows_of(*references))
     assert str(error.value).startswith("train_dataset, row 270, column `reference`: the reference is empty")
     with pytest.raises(InputError, match="^train_dataset, row 1, column `reference`: the reference is None"):
-        prepare(rows_of("a", None), limit(tokenizer))
+        prepare(rows_of("a", None))
     question, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
     dataset = Dataset.from_dict({"prompt": [[question], [question, answer]], "reference": ["a", "b"]})
     with pytest.raises(InputError, match="^train_dataset, row 1, column `prompt`: the prompt ends in an assistant"):
-        prepare(dataset, limit(tokenizer))
+        prepare(dataset)
 
 
-def test_text_that_a_chat_template_was_already_applied_to(tokenizer) -> None:
-    rendered = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
-    with pytest.raises(InputError, match="column `prompt`: the text holds the special token '<|im_"):
-        check_prompt(rendered, tokenizer)
-    with pytest.raises(InputError, match="^train_dataset, row 0, column `prompt`: the text holds the special token"):
-        prepare(rows_of("r", prompt=rendered), limit(tokenizer))
-    check_prompt("a < b, <think> and </think>", tokenizer)
-    check_prompt([{"role": "user", "content": rendered}], tokenizer)
-
-
-def test_messages_without_a_chat_template(make_tokenizer, conversational_dataset, standard_dataset) -> None:
-    tokenizer = make_tokenizer(None)
+def test_all_bad_rows_are_counted_and_the_first_ten_named(prepare) -> None:
+    references = ["r"] * 600
+    bad = list(range(5, 600, 50))
+    for i in bad:
+        references[i] = ""
     with pytest.raises(InputError) as error:
-        prepare(conversational_dataset, limit(tokenizer))
+        prepare(rows_of(*references))
     message = str(error.value)
-    assert message.startswith("train_dataset, row 0, column `prompt`: the prompt is a list of messages")
-    assert "no chat template" in message
-    prepare(standard_dataset, limit(tokenizer))
+    assert all(f"row {i}, column" in message for i in bad[:10]) and f"row {bad[10]}," not in message
+    assert "and 2 more (12 of 600 rows cannot be used; set `invalid_rows: drop`" in message
+    assert len(message.splitlines()) == 1
 
 
-def test_text_prompts_for_a_chat_model_are_warned_about(
-    make_tokenizer, conversational_dataset, standard_dataset, caplog
-) -> None:
-    prepare(standard_dataset, limit(make_tokenizer("qwen3")))
-    assert "train_dataset: the prompts are text, so the model's chat template is not applied" in caplog.text
-    caplog.clear()
-    prepare(conversational_dataset, limit(make_tokenizer("qwen3")))
-    prepare(standard_dataset, limit(make_tokenizer(None)))
-    assert caplog.text == ""
+def test_bad_rows_are_dropped_and_written(prepare, tmp_path) -> None:
+    dataset = rows_of("a", "", "b", None, "c<|im_end|>")
+    for _ in range(2):  # the second run finds its lines in the file
+        prepared, lines = prepare(dataset, invalid="drop")
+        assert prepared["reference"][:] == ["a", "b"]
+        assert lines == ["train_dataset: dropped 3 of 5 rows that cannot be used."]
+        rows = left_out(tmp_path)
+        assert [row["row"] for row in rows] == [1, 3, 4]
+    assert rows[0]["data"] == {"prompt": "q", "reference": ""} and "is empty" in rows[0]["reason"]
+    assert "is None" in rows[1]["reason"] and "'<|im_end|>'" in rows[2]["reason"]
+    assert {row["dataset"] for row in rows} == {"train_dataset"}
 
 
-@pytest.mark.parametrize("template", ["gemma", "chatml_no_system"])
-def test_a_turn_that_the_template_refuses_is_named(make_tokenizer, template) -> None:
-    chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
-    for max_prompt_length in (None, 1000):
-        with pytest.raises(InputError, match="^train_dataset, row 0, column `prompt`: .*chat template"):
-            prepare(rows_of("r", prompt=chat), limit(make_tokenizer(template), None, max_prompt_length))
+def test_dropping_leaves_a_generation_batch_or_is_refused(prepare) -> None:
+    prepared, _ = prepare(rows_of("a", "", "b"), invalid="drop", least=2)
+    assert len(prepared) == 2
+    with pytest.raises(InputError, match="train_dataset has 2 usable rows, fewer than the 3 of one generation batch"):
+        prepare(rows_of("a", "", "b"), invalid="drop", least=3)
+    with pytest.raises(InputError, match="has 0 usable rows"):
+        prepare(rows_of("", ""), invalid="drop")
 
 
-def test_rows_that_fit_come_back_untouched(tokenizer, conversational_dataset, standard_dataset) -> None:
-    for dataset in (conversational_dataset, standard_dataset):
-        for policy in ("error", "drop", "truncate"):
-            prepared, lines = prepare(dataset, limit(tokenizer, 500, 2000), policy)
-            assert prepared.to_list() == dataset.to_list() and lines == []
+def test_fewer_rows_than_a_generation_batch_never_train_zero_steps(make_model, tokenizer, arguments) -> None:
+    args = PurifiedOPSDConfig(**{**arguments, "gradient_accumulation_steps": 2})
+    with pytest.raises(InputError, match="has 3 usable rows, fewer than the 4 of one generation batch"):
+        PurifiedOPSDTrainer(make_model(), args, rows_of("a", "b", "c"), processing_class=tokenizer)
+    stream = rows_of("a", "b", "c").to_iterable_dataset()
+    trainer = PurifiedOPSDTrainer(make_model(), args, stream, processing_class=tokenizer)
+    with pytest.raises(InputError, match="train_dataset ended before the first step"):
+        trainer.train()
+
+
+def test_text_and_messages_in_one_dataset(prepare) -> None:
+    chat = [{"role": "user", "content": "q"}]
+    rows = [{"prompt": prompt, "reference": "r"} for prompt in (None, chat, "q", chat)]
+    prepared, _ = prepare(as_dataset(rows, "x"), invalid="drop")  # the first row that can be used decides
+    assert prepared["prompt"][:] == [chat, chat]
+    with pytest.raises(InputError, match="row 2, column `prompt`: some prompts are text and some messages"):
+        prepare(as_dataset(rows[1:] + rows[2:], "x").select([0, 2, 1]))
+
+
+def test_a_result_is_kept_for_equal_data_and_settings(prepare, monkeypatch) -> None:
+    read = []
+    original = RowReader.faults
+    monkeypatch.setattr(RowReader, "faults", lambda self, rows: read.append(len(rows)) or original(self, rows))
+    for expected in (3, 0):
+        read.clear()
+        assert prepare(rows_of("a", "kept", "b"), cache="settings")[0]["reference"][:] == ["a", "kept", "b"]
+        assert sum(read) == expected
+    prepare(rows_of("a", "kept", "c"), cache="settings")
+    prepare(rows_of("a", "kept", "b"), cache="other settings")
+    assert sum(read) == 6
+
+
+def test_the_fingerprint_of_a_reader_names_all_its_settings(tokenizer, make_tokenizer) -> None:
+    def other_build(row):
+        return Contexts("b", "t", "r")
+
+    readers = [
+        reader_of(tokenizer),
+        reader_of(make_tokenizer("qwen3")),
+        reader_of(tokenizer, max_reference_length=3),
+        reader_of(tokenizer, max_prompt_length=3),
+        reader_of(tokenizer, truncate=True),
+        reader_of(tokenizer, build=other_build),
+        RowReader(tokenizer, build, "reference", template_kwargs={"enable_thinking": False}),
+        RowReader(tokenizer, build, "reference", template_kwargs={"tools": [print]}),
+    ]
+    assert len({reader.fingerprint() for reader in readers}) == len(readers)
+    assert reader_of(make_tokenizer()).fingerprint() == reader_of(tokenizer).fingerprint()
 
 
 # --- references that are too long ---------------------------------------------------------------------------------
 
 
+def test_rows_that_fit_come_back_untouched(prepare, conversational_dataset, standard_dataset) -> None:
+    for dataset in (conversational_dataset, standard_dataset):
+        for policy in ("error", "drop", "truncate"):
+            prepared, lines = prepare(dataset, policy, max_reference_length=500, max_prompt_length=2000)
+            assert prepared.to_list() == dataset.to_list() and lines == []
+
+
 def test_excess_counts_tokens_beyond_either_limit(tokenizer) -> None:
     rows = [{"prompt": "abc", "reference": "12345"}, {"prompt": "abcdefgh", "reference": "1"}]
-    assert limit(tokenizer).excess(rows) == [0, 0]
-    assert limit(tokenizer, max_reference_length=5).excess(rows) == [0, 0]
-    assert limit(tokenizer, max_reference_length=3).excess(rows) == [2, 0]
+    assert excess(tokenizer, rows) == [0, 0]
+    assert excess(tokenizer, rows, max_reference_length=5) == [0, 0]
+    assert excess(tokenizer, rows, max_reference_length=3) == [2, 0]
     # "Q: abc R: 12345" is 15 tokens, "Q: abcdefgh R: 1" 16
-    assert limit(tokenizer, max_prompt_length=15).excess(rows) == [0, 1]
-    assert limit(tokenizer, max_reference_length=1, max_prompt_length=13).excess(rows) == [4, 3]
+    assert excess(tokenizer, rows, max_prompt_length=15) == [0, 1]
+    assert excess(tokenizer, rows, max_reference_length=1, max_prompt_length=13) == [4, 3]
     # "<|im_start|>user\n" + 15 + "<|im_end|>\n<|im_start|>assistant\n" = 6 + 15 + 13
     chat = [{"prompt": [{"role": "user", "content": "abc"}], "reference": "12345"}]
-    assert limit(tokenizer, max_prompt_length=34).excess(chat) == [0]
-    assert limit(tokenizer, max_prompt_length=33).excess(chat) == [1]
+    assert excess(tokenizer, chat, max_prompt_length=34) == [0]
+    assert excess(tokenizer, chat, max_prompt_length=33) == [1]
 
 
 def test_the_reference_only_prompt_counts_too(tokenizer) -> None:
-    long_probe = ReferenceLimit(
-        tokenizer,
-        lambda prompts: tokenizer(text=prompts)["input_ids"],
-        lambda row: Contexts(row["prompt"], row["reference"], "x" * 9),
-        "reference",
-        max_reference_length=None,
-        max_prompt_length=5,
-    )
-    assert long_probe.excess([{"prompt": "q", "reference": "r"}]) == [4]
+    def long_probe(row):
+        return Contexts(row["prompt"], row["reference"], "x" * 9)
+
+    rows = [{"prompt": "q", "reference": "r"}]
+    assert excess(tokenizer, rows, max_prompt_length=5, build=long_probe) == [4]
 
 
-def test_a_special_token_in_a_reference_is_refused(tokenizer) -> None:
-    with pytest.raises(
-        InputError, match="row 1, column `reference`: the reference holds the special token '<\\|im_end"
-    ):
-        prepare(rows_of("a", "b<|im_end|>\n<|im_start|>assistant\n"), limit(tokenizer))
-    prepare(rows_of("<think>a < b</think>"), limit(tokenizer))
-
-
-def test_error_policy_counts_the_rows_and_names_the_worst(tokenizer) -> None:
-    dataset = rows_of("12345", "1", "1234567")
+def test_error_policy_counts_the_rows_and_names_the_worst(prepare) -> None:
     with pytest.raises(InputError) as error:
-        prepare(dataset, limit(tokenizer, max_reference_length=4))
+        prepare(rows_of("12345", "1", "1234567"), max_reference_length=4)
     message = str(error.value)
     assert message.startswith("train_dataset: 2 of 3 rows have a reference that is too long (row 2 by 3 tokens)")
     assert "overlong_reference" in message
 
 
-def test_drop_policy(tokenizer) -> None:
-    prepared, lines = prepare(rows_of("12345", "1", "1234567", "1234"), limit(tokenizer, 4), "drop")
+def test_drop_policy(prepare, tmp_path) -> None:
+    prepared, lines = prepare(rows_of("12345", "1", "1234567", "1234"), "drop", max_reference_length=4)
     assert prepared["reference"][:] == ["1", "1234"]
     assert lines == ["train_dataset: dropped 2 of 4 rows whose reference is too long."]
-    with pytest.raises(InputError, match="train_dataset: 2 of 2 rows have a reference that is too long"):
-        prepare(rows_of("12345", "123456"), limit(tokenizer, 4), "drop")
+    assert [(row["row"], row["reason"]) for row in left_out(tmp_path)] == [
+        (0, "column `reference`: the reference is too long by 1 tokens"),
+        (2, "column `reference`: the reference is too long by 3 tokens"),
+    ]
+    with pytest.raises(InputError, match="train_dataset has 0 usable rows"):
+        prepare(rows_of("12345", "123456"), "drop", max_reference_length=4)
 
 
-def test_overlong_rows_are_found_by_number_in_a_long_dataset(tokenizer) -> None:
+def test_overlong_rows_are_found_by_number_in_a_long_dataset(prepare) -> None:
     references = [str(i) for i in range(600)]
     references[10] = references[270] = references[599] = "too long"
-    prepared, lines = prepare(rows_of(*references), limit(tokenizer, 4), "drop")
+    prepared, lines = prepare(rows_of(*references), "drop", max_reference_length=4)
     assert prepared["reference"][:] == [reference for reference in references if reference != "too long"]
     assert lines == ["train_dataset: dropped 3 of 600 rows whose reference is too long."]
-    prepared, _ = prepare(rows_of(*references), limit(tokenizer, 4), "truncate")
-    assert prepared["reference"][:] == ["too " if reference == "too long" else reference for reference in references]
 
 
-def test_truncate_policy_keeps_the_first_tokens_and_the_question(tokenizer) -> None:
+def test_truncate_policy_keeps_the_first_tokens_and_the_question(prepare, tokenizer) -> None:
     dataset = rows_of("12345", "1", "1234567", "1234", prompt="a long question that is never cut")
-    prepared, lines = prepare(dataset, limit(tokenizer, 4), "truncate")
-    assert prepared["reference"][:] == ["1234", "1", "1234", "1234"]
-    assert prepared["prompt"][:] == ["a long question that is never cut"] * 4
-    assert lines == ["train_dataset: truncated the reference of 2 of 4 rows."]
-    assert dataset["reference"][:] == ["12345", "1", "1234567", "1234"]
+    prepared, lines = prepare(dataset, "truncate", max_reference_length=4)
+    assert lines == ["train_dataset: the reference of 2 of 4 rows is too long and will be truncated."]
+    assert prepared is dataset  # rows are shortened when they are used
+    assert references_of(tokenizer, list(prepared), max_reference_length=4) == ["1234", "1", "1234", "1234"]
+    contexts = reader_of(tokenizer, 4, truncate=True).contexts(list(prepared), "rows")
+    assert contexts[0].base == "a long question that is never cut"
+    assert contexts[0].teacher == "Q: a long question that is never cut R: 1234"
 
 
 def test_truncate_policy_by_the_length_of_the_teachers_prompt(tokenizer) -> None:
-    chat = [{"role": "user", "content": "abc"}]
-    prepared, _ = prepare(rows_of("12345", "12", prompt=chat), limit(tokenizer, max_prompt_length=32), "truncate")
-    assert prepared["reference"][:] == ["123", "12"]
+    rows = list(rows_of("12345", "12", prompt=[{"role": "user", "content": "abc"}]))
+    assert references_of(tokenizer, rows, max_prompt_length=32) == ["123", "12"]
 
 
 def test_truncated_messages_stay_messages(tokenizer) -> None:
-    references = [
-        [{"role": "assistant", "content": "12345"}, {"role": "assistant", "content": "678"}],
-        [{"role": "assistant", "content": "1"}],
-    ]
-    dataset = rows_of(*references)
-    prepared, _ = prepare(dataset, limit(tokenizer, 9), "truncate")  # "12345\n\n678" is 10 tokens
-    assert prepared["reference"][:] == [[{"role": "assistant", "content": "12345\n\n67"}], references[1]]
-    assert prepared.features == dataset.features
-    prepared, _ = prepare(dataset, limit(tokenizer, 4), "truncate")
-    assert prepared["reference"][:] == [[{"role": "assistant", "content": "1234"}], references[1]]
+    seen = []
+
+    def recording(row):
+        seen.append(row["reference"])
+        return build(row)
+
+    turns = [{"role": "assistant", "content": "12345"}, {"role": "assistant", "content": "678"}]
+    rows = [{"prompt": "q", "reference": turns}]  # "12345\n\n678" is 10 tokens
+    for most, text in ((9, "12345\n\n67"), (4, "1234")):
+        contexts = reader_of(tokenizer, most, truncate=True, build=recording).contexts(rows, "rows")
+        assert contexts[0].reference_only == f"R: {text}"
+        assert seen[-1] == [{"role": "assistant", "content": text}]
 
 
 @pytest.mark.parametrize("keep", range(1, 11))
 def test_truncated_text_is_a_prefix_of_the_original(tokenizer, keep) -> None:
     # é, € and 😀 are two, three and four tokens: a cut inside one must not leave a replacement character
     reference = "aé€😀b"
-    prepared, _ = prepare(rows_of(reference), limit(tokenizer, keep), "truncate")
-    (shorter,) = prepared["reference"]
+    (shorter,) = references_of(tokenizer, [{"prompt": "q", "reference": reference}], max_reference_length=keep)
     assert reference.startswith(shorter) and 0 < len(shorter)
     assert len(shorter.encode()) <= keep
 
 
-def test_no_room_for_any_reference(tokenizer) -> None:
+def test_no_room_for_any_reference(prepare, tokenizer, tmp_path) -> None:
     dataset = rows_of("12345", prompt="abc")  # "Q: abc R: " alone is 10 tokens
-    with pytest.raises(InputError) as error:
-        prepare(dataset, limit(tokenizer, max_prompt_length=10), "truncate")
-    assert str(error.value).startswith("train_dataset, row 0: the question leaves no room for a reference")
-    prepared, _ = prepare(dataset, limit(tokenizer, max_prompt_length=11), "truncate")
-    assert prepared["reference"][:] == ["1"]
-
-
-def test_truncation_to_blank_text_says_what_happened(tokenizer) -> None:
+    with pytest.raises(InputError, match="^train_dataset, row 0, column `reference`: the question leaves no room"):
+        prepare(dataset, "truncate", max_prompt_length=10)
+    assert references_of(tokenizer, list(dataset), max_prompt_length=11) == ["1"]
     with pytest.raises(InputError, match="train_dataset, row 0.*leaves no room"):
-        prepare(rows_of("   12345"), limit(tokenizer, 2), "truncate")
+        prepare(rows_of("   12345"), "truncate", max_reference_length=2)  # blank text is no reference
 
 
 # --- streamed data ------------------------------------------------------------------------------------------------
 
 
-def test_streamed_data_is_passed_through_and_cannot_be_dropped_from(tokenizer) -> None:
-    dataset = rows_of("12345", "1").to_iterable_dataset()
-    for policy in ("error", "truncate"):
-        prepared, lines = prepare(dataset, limit(tokenizer, 4), policy)
-        assert prepared is dataset and lines == []
-    with pytest.raises(InputError, match="train_dataset is streamed, so rows cannot be dropped"):
-        prepare(dataset, limit(tokenizer, 4), "drop")
+def test_streamed_rows_are_checked_and_named_by_position(prepare) -> None:
+    stream, _ = prepare(rows_of("12345", "1", "").to_iterable_dataset(), max_reference_length=5)
+    rows = iter(stream)
+    assert [next(rows)["reference"], next(rows)["reference"]] == ["12345", "1"]
+    with pytest.raises(InputError, match="^train_dataset, row 2, column `reference`: the reference is empty"):
+        next(rows)
+    stream, _ = prepare(rows_of("12345").to_iterable_dataset(), max_reference_length=4)
+    with pytest.raises(
+        InputError, match="^train_dataset: 1 of 1 rows have a reference that is too long \\(row 0 by 1"
+    ):
+        next(iter(stream))
+    unknown = IterableDataset.from_generator(lambda: iter([{"prompt": "q"}]))
+    with pytest.raises(InputError, match="^train_dataset, row 0, no column `reference`; the row has `prompt`"):
+        next(iter(prepare(unknown)[0]))
 
 
-def test_enforce_on_streamed_rows(tokenizer) -> None:
-    rows = [{"prompt": "q", "reference": "12345"}, {"prompt": "q", "reference": "1"}]
-    enforced = limit(tokenizer, 4).enforce(rows, "truncate", "step 3")
-    assert enforced == [{"prompt": "q", "reference": "1234"}, {"prompt": "q", "reference": "1"}]
-    assert rows[0]["reference"] == "12345"
-    with pytest.raises(InputError, match="^step 3: 1 of 2 rows have a reference that is too long \\(row 0 by 1"):
-        limit(tokenizer, 4).enforce(rows, "error", "step 3")
-    assert limit(tokenizer, 5).enforce(rows, "error", "step 3") == rows
+def test_rows_of_a_stream_are_dropped_and_written_once(prepare, tmp_path, caplog) -> None:
+    references = ["a", "", "12345", "b", None] * 5
+    stream, _ = prepare(rows_of(*references).to_iterable_dataset(), "drop", "drop", max_reference_length=4)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):  # epochs, or a resumed run: the same rows are met again
+            assert [row["reference"] for row in stream] == ["a", "b"] * 5
+            assert [row["row"] for row in left_out(tmp_path)] == [i for i in range(25) if i % 5 in (1, 2, 4)]
+    assert "left out row 1 (1 so far), column `reference`: the reference is empty" in caplog.text
+    assert "left out row 16 (10 so far)" in caplog.text and "(11 so far)" not in caplog.text
 
 
-def test_a_streamed_row_without_room_is_named(tokenizer) -> None:
-    rows = [{"prompt": "q", "reference": "1"}, {"prompt": "a question", "reference": "1"}]
-    with pytest.raises(InputError, match="^step 3, row 1: the question leaves no room"):
-        limit(tokenizer, max_prompt_length=10).enforce(rows, "truncate", "step 3")
+def test_a_stream_of_images_is_named_by_row(prepare) -> None:
+    rows = [{"prompt": "q", "reference": "r", "image": None}, {"prompt": "q", "reference": "r", "image": "x.png"}]
+    with pytest.raises(InputError, match="^train_dataset, row 1, column `image`: images are not supported"):
+        list(prepare(IterableDataset.from_generator(lambda: iter(rows)))[0])
 
 
-def test_streamed_rows_are_checked_and_named(tokenizer) -> None:
-    with pytest.raises(InputError, match="^step 3, row 0, no column `reference`; the row has `prompt`"):
-        limit(tokenizer, 4).enforce([{"prompt": "q"}], "error", "step 3")
-    rows = [{"prompt": "q", "reference": "1"}, {"prompt": "<|im_start|>user\nq", "reference": "1"}]
-    with pytest.raises(InputError, match="^step 3, row 1, column `prompt`: the text holds the special token"):
-        limit(tokenizer, 4).enforce(rows, "error", "step 3")
+def test_a_stream_with_bad_rows_trains_and_resumes(make_model, tokenizer, arguments) -> None:
+    references = ["a", "", "b", "c", None, "d", "e", "f", "", "g", "h"]
+
+    def run(steps: int, **options):
+        args = PurifiedOPSDConfig(**{**arguments, "max_steps": steps, "invalid_rows": "drop", **options})
+        stream = rows_of(*references).to_iterable_dataset()
+        return PurifiedOPSDTrainer(make_model(), args, stream, processing_class=tokenizer)
+
+    trainer = run(2, save_strategy="steps", save_steps=2)
+    trainer.train()
+    trainer = run(4)
+    trainer.train(resume_from_checkpoint=f"{arguments['output_dir']}/checkpoint-2")
+    assert trainer.state.global_step == 4
+    assert [row["row"] for row in left_out(Path(arguments["output_dir"]))] == [1, 4, 8]
+
+
+@pytest.mark.parametrize(
+    ("fields", "length"),
+    [
+        ({"max_position_embeddings": 512}, 512),
+        ({"max_position_embeddings": -1}, None),
+        ({"max_position_embeddings": None}, None),
+        ({"max_position_embeddings": 512, "rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}, 2048),
+        ({"max_position_embeddings": 512, "rope_parameters": {"rope_type": "linear", "factor": 4.0}}, 512),
+        ({}, None),
+    ],
+)
+def test_the_context_that_a_configuration_allows(fields, length) -> None:
+    config = SimpleNamespace(**fields)
+    config.get_text_config = lambda: config
+    assert context_length(SimpleNamespace(config=config)) == length
+
+
+def test_a_dataset_passed_to_evaluate_loses_its_bad_rows(make_model, tokenizer, arguments) -> None:
+    args = PurifiedOPSDConfig(**arguments, invalid_rows="drop")
+    trainer = PurifiedOPSDTrainer(make_model(), args, rows_of("a", "b"), processing_class=tokenizer)
+    assert trainer.evaluate([{"prompt": "q", "reference": "r"}, {"prompt": "q", "reference": ""}])["eval_loss"] >= 0
+    assert [row["dataset"] for row in left_out(Path(arguments["output_dir"]))] == ["eval_dataset"]
+
+
+def test_text_prompts_for_a_chat_model_are_warned_about(
+    prepare, make_tokenizer, conversational_dataset, standard_dataset, caplog
+) -> None:
+    text = "train_dataset: the prompts are text, so the model's chat template is not applied"
+    prepare(standard_dataset, tokenizer=make_tokenizer("qwen3"))
+    assert caplog.text.count(text) == 1
+    caplog.clear()
+    list(prepare(standard_dataset.to_iterable_dataset(), tokenizer=make_tokenizer("qwen3"))[0])
+    assert caplog.text.count(text) == 1
+    caplog.clear()
+    prepare(conversational_dataset, tokenizer=make_tokenizer("qwen3"))
+    prepare(standard_dataset, tokenizer=make_tokenizer(None))
+    assert caplog.text == ""

@@ -12,7 +12,7 @@ LAYERS = (
     {"errors", "extras", "env", "arguments", "markers", "backbone"},
     {"head", "purification"},
     {"kernels"},
-    {"config", "contexts", "scores", "dataset", "loading"},
+    {"config", "contexts", "scores", "rows", "dataset", "loading"},
     {"collator", "loss"},
     {"self_teacher", "rollout"},
     {"scoring"},

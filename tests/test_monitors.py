@@ -131,7 +131,7 @@ def decomposition_by_hand(trainer: Any, initial: Any, rows: list[dict[str, Any]]
             return scores / trainer.args.temperature
 
         expected = reference.decompose(
-            logits(student, contexts.question),
+            logits(student, contexts.base),
             logits(frozen, contexts.teacher),
             logits(frozen, contexts.reference_only),
         )

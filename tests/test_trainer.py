@@ -323,7 +323,7 @@ def test_equal_teacher_and_reference_only_contexts_leave_nothing_to_learn(build:
     class SameContexts(PurifiedOPSDTrainer):
         def build_contexts(self, row):
             contexts = super().build_contexts(row)
-            return Contexts(contexts.question, contexts.teacher, contexts.teacher)
+            return Contexts(contexts.base, contexts.teacher, contexts.teacher)
 
     trainer = build(trainer_class=SameContexts, optim="sgd")  # Adam would blow rounding errors up to full steps
     trainer.train()
@@ -380,7 +380,7 @@ def test_dropout_is_off_while_scoring(build: Build, kind: str) -> None:
 
 def test_a_dataset_passed_to_evaluate_is_checked(build: Build) -> None:
     unseen = Dataset.from_list([{"prompt": [{"role": "user", "content": "q"}], "reference": "r" * 3000}] * 2)
-    with pytest.raises(InputError, match="generation batch: 2 of 2 rows have a reference that is too long"):
+    with pytest.raises(InputError, match="eval_dataset: 2 of 2 rows have a reference that is too long"):
         build().evaluate(eval_dataset=unseen)
 
 
@@ -555,7 +555,7 @@ def test_streamed_data_is_checked_as_it_arrives(build: Build, conversational_dat
     build(trainer_kwargs={"train_dataset": stream}).train()
     rows[0]["reference"] = " "
     broken = IterableDataset.from_generator(lambda: iter(rows))
-    with pytest.raises(InputError, match=r"step 0, generation batch, row \d, column `reference`: .*empty"):
+    with pytest.raises(InputError, match="train_dataset, row 0, column `reference`: .*empty"):
         build(trainer_kwargs={"train_dataset": broken}, shuffle_dataset=False).train()
 
 

@@ -103,7 +103,7 @@ class Models:
 def completions(models: Models, contexts: Sequence[Contexts], settings: Settings) -> list[list[int]]:
     """The student's completions of the questions, as ids."""
     requests = [
-        Request(("", "", i), _ids(models.tokenizer, context.question, settings), settings.seed + i)
+        Request(("", "", i), _ids(models.tokenizer, context.base, settings), settings.seed + i)
         for i, context in enumerate(contexts)
     ]
     sampling = Sampling(settings.temperature, 1.0, 0, settings.max_completion_length)
@@ -178,7 +178,7 @@ class Meter:
                 alternatives += self._alternatives(log_probs)
         text: str = self.models.tokenizer.decode(completion, skip_special_tokens=True)
         return {
-            "prompt": _text(contexts.question),
+            "prompt": _text(contexts.base),
             "reference_prompt": _text(contexts.reference_only),
             "completion": text,
             "answered": has_answer(text),
@@ -193,10 +193,10 @@ class Meter:
     def _states(self, contexts: Contexts, completion: list[int]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         temperature = self.settings.temperature
         prompts = {
-            "student": contexts.question,
+            "student": contexts.base,
             "teacher": contexts.teacher,
             "reference_only": contexts.reference_only,
-            "base": contexts.question,
+            "base": contexts.base,
         }
         ids = {name: _ids(self.models.tokenizer, prompt, self.settings) for name, prompt in prompts.items()}
         states, heads = {}, {}

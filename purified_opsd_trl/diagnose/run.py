@@ -80,6 +80,7 @@ def load_contexts(args: argparse.Namespace) -> list[Contexts]:
         dataset_config=args.dataset_config,
         dataset_train_split=args.dataset_split,
         dataset_prompt_column=args.prompt_column,
+        dataset_reference_column=args.reference_column,
         system_prompt=args.system_prompt,
         text_prompts=args.text_prompts,
     )
@@ -93,7 +94,7 @@ def load_contexts(args: argparse.Namespace) -> list[Contexts]:
             contexts.append(
                 build_contexts(
                     row,
-                    reference_column=args.reference_column,
+                    reference_column=script_args.mapped_reference_column or args.reference_column,
                     teacher_prompt_template=args.teacher_prompt_template,
                     reference_prompt_template=args.reference_prompt_template,
                 )

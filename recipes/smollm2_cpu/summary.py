@@ -93,8 +93,8 @@ def score(
         teacher_prompt_template=config.teacher_prompt_template,
         reference_prompt_template=config.reference_prompt_template,
     )
-    student = scorer.logits(contexts.question, completion, frozen=False)
-    base = scorer.logits(contexts.question, completion, frozen=True)
+    student = scorer.logits(contexts.base, completion, frozen=False)
+    base = scorer.logits(contexts.base, completion, frozen=True)
     teacher = scorer.logits(contexts.teacher, completion, frozen=True)
     reference_only = scorer.logits(contexts.reference_only, completion, frozen=True)
     target = purified_target_logits(
