@@ -20,7 +20,7 @@ from trl import DistillationTrainer
 from trl.trainer.utils import get_config_model_id
 
 from .backbone import context_length, last_hidden_states, why_not_shareable
-from .checkpoints import WholeCheckpoints
+from .checkpoints import ReliableTrainer
 from .collator import PurificationCollator, ScoringBatch
 from .config import PurifiedOPSDConfig
 from .contexts import Contexts, Prompt, build_contexts
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 
-class PurifiedOPSDTrainer(WholeCheckpoints, DistillationTrainer):
+class PurifiedOPSDTrainer(ReliableTrainer, DistillationTrainer):
     """
     Trainer for purified on-policy self-distillation (arXiv 2607.02234).
 
@@ -180,11 +180,13 @@ class PurifiedOPSDTrainer(WholeCheckpoints, DistillationTrainer):
         self.loss_settings = args.loss_settings
         # A subclass that brings its own target gets full logits, chunk by chunk; the fused algebra is not its own
         self._has_custom_target = type(self).target_logits is not PurifiedOPSDTrainer.target_logits
+        self.target_name = f"{type(self).__qualname__}.target_logits" if self._has_custom_target else args.target
         head = LMHead.from_model(self.model)
         # What of the frozen states the loss reads, decided once
         self._states = required_states(self.loss_settings, head.linear, self._has_custom_target)
         self._unshareable = why_not_shareable(self.model)
         self._loss_sums: dict[str, torch.Tensor] = {}
+        self._bad_rows = torch.empty(0, dtype=torch.long)  # of the micro-batch, whose loss is not finite
         self._token_means = {"train": TokenMeans(), "eval": TokenMeans()}
         self._add_monitors()
         self._prepare_datasets()
@@ -432,10 +434,23 @@ class PurifiedOPSDTrainer(WholeCheckpoints, DistillationTrainer):
         # After the wrapped forward, where a collective cannot get between those of FSDP or DeepSpeed
         mode = "train" if self.model.training else "eval"
         sums, seconds = reduce_loss_sums(self._loss_sums, self.accelerator)
+        not_finite = sums.pop("not_finite")[0]
+        if not_finite and mode == "train":  # before the backward pass, in which DeepSpeed updates
+            self.stop_not_finite(f"the loss of {self._not_finite_rows(inputs)} is NaN or infinite")
         self._token_means[mode].add(sums)
         self._token_means[mode].add(self.decomposition_monitor.collect(self.accelerator))
         self._metrics[mode]["timing/loss_seconds"].append(seconds)
         return outputs
+
+    def _not_finite_rows(self, inputs: dict[str, Any]) -> str:
+        """Names the first of `_bad_rows` by its prompt."""
+        if not len(self._bad_rows):
+            return "rows of other processes"
+        row = int(self._bad_rows[0])
+        prompt = inputs["prompt_ids"][row][inputs["prompt_mask"][row].bool()]
+        text = " ".join(self._tokenizer.decode(prompt, skip_special_tokens=True).split())
+        count = self._bad_rows.unique().numel()
+        return f"row {row} of the batch (one of {count} such rows; its prompt ends with {text[-80:]!r})"
 
     def _compute_loss(
         self,
@@ -472,6 +487,9 @@ class PurifiedOPSDTrainer(WholeCheckpoints, DistillationTrainer):
                 target_logits=self.target_logits if self._has_custom_target else None,
             )
         self._loss_sums = loss_sums(result, num_tokens, clock(device) - started)
+        bad = ~(result.per_token * result.loss.detach()).isfinite()  # [N]
+        self._loss_sums["not_finite"] = bad.sum()
+        self._bad_rows = valid.nonzero()[:, 0][bad]
         return result.loss, result.student_entropy.sum(), num_tokens
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

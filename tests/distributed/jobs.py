@@ -36,7 +36,8 @@ class Job:
         data (`str`): `"even"`; or `"skewed"`, one epoch of 18 rows that are 40 times as long on the first process.
         stages (`tuple`): what else to do: `"evaluate"`, `"save"` (and reload), `"sample"` (rollouts at random instead
             of greedily), `"checkpoints"` (after every second step), `"die_in_step"` and `"die_in_write"` (the process
-            kills itself in its third step, or while it writes its second checkpoint).
+            kills itself in its third step, or while it writes its second checkpoint), `"stop_in_step"` (it sends
+            itself SIGTERM in its third step).
         resume (`str` or `bool`, *optional*): checkpoint to resume from, below the folder of all jobs; `True` finds it.
         output (`str`, *optional*): name of the job whose folder is trained in.
     """
