@@ -1,5 +1,6 @@
 """Whose output directory it is: what may not differ when a run goes on, its checkpoints, a lock."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -122,6 +123,16 @@ def difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     return ", ".join(f"`{name}` was {short(theirs.get(name))} and is {short(ours[name])}" for name in names)
 
 
+def check_output_dir(path: str) -> None:
+    """Raises an [`InputError`] if nothing can be written to the output directory; makes it if it is not there."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, "not writable")
+    except OSError as error:
+        raise InputError(f"`output_dir`: cannot write to {path} ({error.strerror}).") from error
+
+
 class RunFolder:
     """
     Output directory of a run: one process may train in it, and it knows which checkpoints are its own.
@@ -148,11 +159,8 @@ class RunFolder:
         Raises:
             [`InputError`]: if another process trains in it, or nothing can be written there.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = open(self.path / LOCK_NAME, "a+", encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"`output_dir`: cannot write to {self.path} ({error.strerror}).") from error
+        check_output_dir(str(self.path))
+        lock = open(self.path / LOCK_NAME, "a+", encoding="utf-8")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -36,6 +36,7 @@ from .monitoring.metrics import TokenMeans, clock, loss_sums, reduce_loss_sums, 
 from .monitoring.report import ReportCallback
 from .purification import purified_target_logits
 from .rollout import merge_without_drift, reserve_vllm_length
+from .run_identity import check_output_dir
 from .scores import TeacherScores
 from .scoring import TeacherScoringCallback
 
@@ -148,6 +149,7 @@ class PurifiedOPSDTrainer(ReliableTrainer, DistillationTrainer):
             raise InputError(f"`args` must be a PurifiedOPSDConfig, got {type(args).__name__}.")
         for name, dataset in _named_datasets(train_dataset, eval_dataset):
             check_columns(dataset, name, args.reference_column)  # before the model is loaded
+        check_output_dir(args.output_dir or "trainer_output")
         if args.use_vllm:
             require_extra("vllm", "`use_vllm`")
 

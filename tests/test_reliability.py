@@ -320,7 +320,8 @@ def test_a_later_checkpoint_of_another_run_is_not_overwritten(model_dir: Path, t
 HOLD = """
 import sys, time
 from purified_opsd_trl.run_identity import RunFolder
-RunFolder(sys.argv[1], {}).lock()
+run = RunFolder(sys.argv[1], {})
+run.lock()
 print("locked", flush=True)
 time.sleep(600)
 """
