@@ -7,6 +7,7 @@ part, and `run_state.json` before it with the size of every file.
 
 import base64
 import math
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,13 +32,15 @@ if TYPE_CHECKING:
     from .scoring import TeacherScoringCallback
 
 
-def is_complete(checkpoint: str | Path) -> bool:
+def is_complete(checkpoint: str | Path, to_resume: bool = True) -> bool:
     """
     Returns whether a checkpoint was written to its end, and all of it is still there.
 
     Args:
         checkpoint (`str` or `Path`):
             Folder of the checkpoint.
+        to_resume (`bool`, *optional*, defaults to `True`):
+            Whether optimizer, scheduler and random states must be there too, or the weights alone.
 
     Returns:
         `bool`: `trainer_state.json` holds a step, every safetensors file has the length that its header says, and
@@ -52,8 +55,8 @@ def is_complete(checkpoint: str | Path) -> bool:
                 pass
     except (OSError, SafetensorError):
         return False
-    if not (folder / RUN_STATE_NAME).exists():
-        return True  # another trainer wrote it
+    if not to_resume or not (folder / RUN_STATE_NAME).exists():
+        return True  # without a run state: another trainer wrote it
     files = (read_json(folder / RUN_STATE_NAME) or {}).get("files")
     return isinstance(files, dict) and files.items() <= _sizes(folder).items()
 
@@ -270,9 +273,11 @@ class ReliableTrainer(Trainer):
     # Saving and loading ----------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        # A folder left by an earlier run must not look complete while it is written anew
+        # A folder left by a killed run must not look complete while it is written anew, nor add files of its own
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
+            if folder.exists() and not is_complete(folder):
+                shutil.rmtree(folder)
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
             (folder / RUN_STATE_NAME).unlink(missing_ok=True)
             if self.args.save_only_model:

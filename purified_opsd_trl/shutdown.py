@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,13 +26,9 @@ def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[dict[
     """Installs a handler of `_SIGNALS`; one that is ignored, as under nohup, stays ignored. Main thread only."""
     previous: dict[signal.Signals, Any] = {}
     try:
-        for number in _SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                previous[number] = signal.signal(number, handler)
-        yield previous
-    except ValueError as error:
-        if "main thread" not in str(error):
-            raise
+        if threading.current_thread() is threading.main_thread():  # Python lets no other thread handle signals
+            handled = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            previous |= {number: signal.signal(number, handler) for number in handled}
         yield previous
     finally:
         for number, old in previous.items():
@@ -68,7 +65,8 @@ class GracefulStop(TrainerCallback):
             self._received, self._received_at = number, time.monotonic()
             if self.accelerator.is_local_main_process:
                 name = signal.Signals(number).name
-                os.write(2, f"{name}: saving a checkpoint after this step. A second signal stops at once.\n".encode())
+                line = f"{name}: saving a checkpoint after this step. Another signal, in two seconds, stops at once.\n"
+                os.write(2, line.encode())
         elif time.monotonic() - self._received_at > _REPEAT_SECONDS:
             signal.signal(number, self._previous[signal.Signals(number)])
             os.kill(os.getpid(), number)

@@ -149,7 +149,7 @@ class PurifiedOPSDTrainer(ReliableTrainer, DistillationTrainer):
             raise InputError(f"`args` must be a PurifiedOPSDConfig, got {type(args).__name__}.")
         for name, dataset in _named_datasets(train_dataset, eval_dataset):
             check_columns(dataset, name, args.reference_column)  # before the model is loaded
-        check_output_dir(args.output_dir or "trainer_output")
+        check_output_dir(str(args.output_dir))
         if args.use_vllm:
             require_extra("vllm", "`use_vllm`")
 

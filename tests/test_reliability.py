@@ -222,6 +222,8 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "no averaged teacher": lambda c: next(c.glob("*ema*")).unlink(),
 }
 
+RESUMING_ONLY = {name for name in DAMAGES if name.startswith(("optimizer", "no ", "run state"))}
+
 
 @pytest.fixture(scope="module")
 def trained(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -241,6 +243,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(trained: Path, tmp_pa
     run = copy(trained, tmp_path / "run")
     assert last_complete_checkpoint(run) == (str(run / "checkpoint-2"), [])
     DAMAGES[damage](run / "checkpoint-2")
+    assert is_complete(run / "checkpoint-2", to_resume=False) == (damage in RESUMING_ONLY)
     assert last_complete_checkpoint(run) == (str(run / "checkpoint-1"), ["checkpoint-2"])
 
 
@@ -249,9 +252,11 @@ def test_training_falls_back_with_one_line(
 ) -> None:
     run = copy(trained, tmp_path / "run")
     truncate(run / "checkpoint-2" / "optimizer.pt")
+    (run / "checkpoint-2" / "model-00002-of-00002.safetensors").write_text("of the killed run")
     trainer = build_trainer(model_dir, run, cls=Watched, max_steps=2, teacher_model_kind="ema")
     trainer.train(resume_from_checkpoint=True)
     assert list(trainer.seen) == [2] and is_complete(run / "checkpoint-2")
+    assert not (run / "checkpoint-2" / "model-00002-of-00002.safetensors").exists()
     assert capsys.readouterr().out.count("(passing over incomplete or damaged: checkpoint-2)") == 1
 
 

@@ -8,6 +8,7 @@ import os
 import random
 import resource
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -192,6 +193,42 @@ def test_a_full_and_a_read_only_file_system(model_dir: Path, tmp_path: Path, mou
 
 
 READ_ONLY = "import sys; from tests.test_reliability import *; build_trainer(*map(Path, sys.argv[1:])).train(True)"
+
+
+class Usage(TrainerCallback):
+    """Memory in MB, open files, and seconds per step since the last note, every 100 steps."""
+
+    def __init__(self) -> None:
+        self.noted: list[list[float]] = []
+        self.since = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step % 100 == 0:
+            process, now = psutil.Process(), time.monotonic()
+            self.noted.append([process.memory_info().rss / 2**20, process.num_fds(), (now - self.since) / 100])
+            self.since = now
+
+
+def train_long(model_dir: Path, run: Path) -> None:
+    usage = Usage()
+    fields = {"save_steps": 100, "save_total_limit": 2, "logging_steps": 10, "gradient_accumulation_steps": 1}
+    trainer = build_trainer(model_dir, run, max_steps=2000, **fields)
+    trainer.add_callback(usage)
+    trainer.train()
+    Path(f"{run}.json").write_text(json.dumps(usage.noted))
+
+
+@pytest.mark.faults
+def test_a_long_run_stays_flat(model_dir: Path, tmp_path: Path) -> None:
+    process = processes.Process(target=train_long, args=(model_dir, tmp_path / "run"))
+    process.start()
+    process.join()
+    memory, files, _ = zip(*json.loads((tmp_path / "run.json").read_text()), strict=True)
+    slope = statistics.linear_regression(range(len(memory) - 5), memory[5:]).slope
+    size = (tmp_path / "run" / "checkpoint-2000" / "trainer_state.json").stat().st_size
+    print(f"memory {memory[5]:.0f} to {memory[-1]:.0f} MB, {slope:+.2f} MB per 100 steps; {files[-1]:.0f} open files")
+    assert slope < 1.0 and files[-1] <= files[1]
+    assert size < 2_000 * 2000 / 10  # bytes per logged step
 
 
 # The command line ----------------------------------------------------------------------------------------------------

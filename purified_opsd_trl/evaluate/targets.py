@@ -56,7 +56,7 @@ def _complete_checkpoints(folder: Path) -> list[Path]:
     if not found and folder not in checkpoint_folders(folder.parent):
         return [folder]
     found = found or [folder]
-    complete = [path for path in found if is_complete(path)]
+    complete = [path for path in found if is_complete(path, to_resume=False)]
     incomplete = ", ".join(path.name for path in found if path not in complete)
     if not complete:
         raise InputError(
