@@ -188,7 +188,7 @@ class ReliableTrainer(Trainer):
 
     # Position in the data --------------------------------------------------------------------------------------------
 
-    def _get_train_sampler(self, dataset: Any = None) -> Any:  # type: ignore[override]  # TRL's name of the argument
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
         self._train_sampler = super()._get_train_sampler(dataset)
         return self._train_sampler
 

@@ -209,10 +209,10 @@ class Usage(TrainerCallback):
             self.since = now
 
 
-def train_long(model_dir: Path, run: Path) -> None:
+def train_long(model_dir: Path, run: Path, steps: int) -> None:
     usage = Usage()
     fields = {"save_steps": 100, "save_total_limit": 2, "logging_steps": 10, "gradient_accumulation_steps": 1}
-    trainer = build_trainer(model_dir, run, max_steps=2000, **fields)
+    trainer = build_trainer(model_dir, run, max_steps=steps, **fields)
     trainer.add_callback(usage)
     trainer.train()
     Path(f"{run}.json").write_text(json.dumps(usage.noted))
@@ -220,7 +220,7 @@ def train_long(model_dir: Path, run: Path) -> None:
 
 @pytest.mark.faults
 def test_a_long_run_stays_flat(model_dir: Path, tmp_path: Path) -> None:
-    process = processes.Process(target=train_long, args=(model_dir, tmp_path / "run"))
+    process = processes.Process(target=train_long, args=(model_dir, tmp_path / "run", 2000))
     process.start()
     process.join()
     memory, files, _ = zip(*json.loads((tmp_path / "run.json").read_text()), strict=True)

@@ -178,7 +178,7 @@ def kill_cases() -> list[Any]:
 
 
 @pytest.mark.parametrize(("backend", "death", "cell"), kill_cases())
-def test_a_killed_job_goes_on_from_the_last_whole_checkpoint(
+def test_a_killed_job_goes_on_from_the_last_complete_checkpoint(
     model_dir: Path, tmp_path: Path, backend: str, death: str, cell: tuple[str, bool]
 ) -> None:
     stages = ("checkpoints", "sample")
