@@ -4,6 +4,7 @@
 #   make test    the test suite                                                  ARGS="-k collator" goes to pytest
 #   make test-numerics      the numbers once more: other instruction sets, 1 and 2 threads
 #   make test-distributed   every backend and teacher in real processes, DeepSpeed included (long)
+#   make test-faults     kills at random points, signals, full disks, ranks that die
 #   make test-vllm   rollouts of a real vLLM on the CPU, in an environment of its own (.venv-vllm)
 #   make lint    ruff and mypy
 #   make lint-workflows     the workflows of .github, by actionlint (installs it)
@@ -21,7 +22,7 @@ export PYTHON
 # With other work on the machine, a thread that spins while it waits starves the one it waits for.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo lab test test-numerics test-distributed test-vllm lint lint-workflows docs clean
+.PHONY: help demo lab test test-numerics test-faults test-distributed test-vllm lint lint-workflows docs clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -57,6 +58,9 @@ test: .venv/.dev-installed
 
 test-numerics: .venv/.dev-installed
 	.ci/numerics $(ARGS)
+
+test-faults: .venv/.dev-installed
+	$(BIN)/python -m pytest -m faults $(ARGS)
 
 # DeepSpeed's extensions are for GPUs: none is built here
 .venv/.distributed-installed: .venv/.dev-installed

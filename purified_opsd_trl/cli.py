@@ -55,9 +55,9 @@ def launch_arguments(from_recipe: list[str], from_command_line: list[str]) -> li
 
 
 def _train(argv: list[str]) -> int:
-    from accelerate.commands.launch import launch_command, launch_command_parser
     from trl.cli.commands.training import _subtract_subsequence
 
+    from .shutdown import launch
     from .train import check_unknown_keys, make_parser
 
     # Parsed here once for `--help` and for errors before anything is launched; the script parses again for itself
@@ -69,10 +69,8 @@ def _train(argv: list[str]) -> int:
     launch_args = launch_arguments(from_config, from_command_line)
     script_args = _subtract_subsequence(argv, from_command_line)
     # quiet: the script has said what is wrong; the launcher's own traceback would bury it
-    launch_command(
-        launch_command_parser().parse_args([*launch_args, "--quiet", "-m", "purified_opsd_trl.train", *script_args])
-    )
-    return 0
+    module = "purified_opsd_trl.train"
+    return launch([*launch_args, "--quiet", "-m", module, *script_args], module)
 
 
 def _diagnose(argv: list[str]) -> int:

@@ -20,7 +20,7 @@ from typing import Any
 from accelerate.commands.launch import launch_command_parser
 from trl import DatasetMixtureConfig, ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
-from .checkpoints import find_checkpoint, is_whole
+from .checkpoints import find_checkpoint, is_complete
 from .config import PurifiedOPSDConfig
 from .errors import InputError
 from .extras import require_extra
@@ -30,10 +30,10 @@ from .trainer import PurifiedOPSDTrainer
 
 def check_checkpoint(training_args: PurifiedOPSDConfig) -> str | bool | None:
     """
-    Checkpoint to resume from: a path, or for `true` the newest whole one in the output directory.
+    Checkpoint to resume from: a path, or for `true` the newest complete one in the output directory.
 
     Raises:
-        `InputError`: if there is none, or the one named was not written to its end.
+        `InputError`: if there is none, or the one named is incomplete or damaged.
     """
     value = training_args.resume_from_checkpoint
     if value is None or str(value).lower() == "false":
@@ -42,10 +42,10 @@ def check_checkpoint(training_args: PurifiedOPSDConfig) -> str | bool | None:
         return find_checkpoint(training_args.output_dir or "")
     if not os.path.isdir(value):
         raise InputError(f"`resume_from_checkpoint`: there is no folder {value}.")
-    if not is_whole(value):
+    if not is_complete(value):
         raise InputError(
-            f"`resume_from_checkpoint`: {value} is incomplete, the job was killed while it wrote it. Name an earlier "
-            "checkpoint, or set `true` to take the newest whole one."
+            f"`resume_from_checkpoint`: {value} is incomplete or damaged. Name an earlier checkpoint, or set `true` "
+            "to take the newest complete one."
         )
     return value
 

@@ -21,7 +21,7 @@ from trl import DistillationTrainer
 from trl.trainer.utils import get_config_model_id
 
 from .backbone import context_length, last_hidden_states
-from .checkpoints import WholeCheckpoints
+from .checkpoints import ReliableTrainer
 from .collator import PurificationCollator, ScoringBatch, unpad
 from .config import PurifiedOPSDConfig
 from .contexts import Contexts, Prompt, build_contexts
@@ -38,6 +38,7 @@ from .monitoring.report import ReportCallback
 from .purification import purified_target_logits
 from .rollout import merge_without_drift, reserve_vllm_length
 from .rows import RowReader
+from .run_identity import check_output_dir
 from .scores import TeacherScores
 from .scoring import TeacherScoringCallback
 
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 
-class PurifiedOPSDTrainer(WholeCheckpoints, DistillationTrainer):
+class PurifiedOPSDTrainer(ReliableTrainer, DistillationTrainer):
     """
     Trainer for purified on-policy self-distillation (arXiv 2607.02234).
 
@@ -160,6 +161,7 @@ class PurifiedOPSDTrainer(WholeCheckpoints, DistillationTrainer):
             eval_dataset = as_dataset(eval_dataset, "eval_dataset")
         for name, dataset in _named_datasets(train_dataset, eval_dataset):
             check_columns(dataset, name, args.reference_column)  # before the model is loaded
+        check_output_dir(str(args.output_dir))
         if args.use_vllm:
             require_extra("vllm", "`use_vllm`")
 
@@ -199,10 +201,12 @@ class PurifiedOPSDTrainer(WholeCheckpoints, DistillationTrainer):
         # A subclass with a target of its own gets full logits, chunk by chunk; the fused algebra does not cover it
         custom = type(self).target_logits is not PurifiedOPSDTrainer.target_logits
         self._custom_target = self.target_logits if custom else None
+        self.target_name = f"{type(self).__qualname__}.target_logits" if custom else self.args.target
         self._states = required_states(self.loss_settings, LMHead.from_model(self.model).linear, custom)
         ids = len(self._tokenizer)
         self._used_vocab = ids if ids < self.model.config.get_text_config().vocab_size else None
         self._loss_sums: dict[str, torch.Tensor] = {}
+        self._bad_rows = torch.empty(0, dtype=torch.long)  # of the micro-batch, whose loss is not finite
         self._token_means = {"train": TokenMeans(), "eval": TokenMeans()}
 
     # Data ------------------------------------------------------------------------------------------------------------
@@ -421,10 +425,23 @@ class PurifiedOPSDTrainer(WholeCheckpoints, DistillationTrainer):
         # After the wrapped forward, where a collective cannot get between those of FSDP or DeepSpeed
         mode = "train" if self.model.training else "eval"
         sums, seconds = reduce_loss_sums(self._loss_sums, self.accelerator)
+        not_finite = sums.pop("not_finite")[0]
+        if not_finite and mode == "train":  # before the backward pass, in which DeepSpeed updates
+            self.stop_not_finite(f"the loss of {self._not_finite_rows(inputs)} is NaN or infinite")
         self._token_means[mode].add(sums)
         self._token_means[mode].add(self.decomposition_monitor.collect(self.accelerator))
         self._metrics[mode]["timing/loss_seconds"].append(seconds)
         return outputs
+
+    def _not_finite_rows(self, inputs: dict[str, Any]) -> str:
+        """Names the first of `_bad_rows` by its prompt."""
+        if not len(self._bad_rows):
+            return "rows of other processes"
+        row = int(self._bad_rows[0])
+        prompt = inputs["prompt_ids"][row][inputs["prompt_mask"][row].bool()]
+        text = " ".join(self._tokenizer.decode(prompt, skip_special_tokens=True).split())
+        count = self._bad_rows.unique().numel()
+        return f"row {row} of the batch (one of {count} such rows; its prompt ends with {text[-80:]!r})"
 
     def _compute_loss(
         self,
@@ -462,6 +479,9 @@ class PurifiedOPSDTrainer(WholeCheckpoints, DistillationTrainer):
                 used_vocab=self._used_vocab,
             )
         self._loss_sums = loss_sums(result, num_tokens, clock(device) - started)
+        bad = ~(result.per_token * result.loss.detach()).isfinite()  # [N]
+        self._loss_sums["not_finite"] = bad.sum()
+        self._bad_rows = valid.nonzero()[:, 0][bad]
         return result.loss, result.student_entropy.sum(), num_tokens
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

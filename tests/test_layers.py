@@ -17,6 +17,7 @@ LAYERS = (
     {"self_teacher", "rollout"},
     {"scoring"},
     {"monitoring"},
+    {"run_identity", "shutdown"},
     {"checkpoints"},
     {"trainer"},
     {"train", "evaluate", "bench"},

@@ -37,6 +37,17 @@ TRAINER_METHODS = {
     "_send_telemetry": [],
     "_prepare_inputs": ["generation_batch"],
     "training_step": ["model", "inputs", "num_items_in_batch"],
+    "_get_train_sampler": ["dataset"],
+    "_init_training_state": [
+        *("max_steps", "num_update_steps_per_epoch", "num_train_epochs", "resume_from_checkpoint", "trial"),
+    ],
+    "_run_epoch": [
+        *("model", "epoch", "train_dataloader", "steps_in_epoch", "num_update_steps_per_epoch", "trial"),
+        *("ignore_keys_for_eval", "start_time", "resume_from_checkpoint", "epochs_trained"),
+        "steps_trained_in_current_epoch",
+    ],
+    "_finalize_training": ["trial", "num_train_samples", "start_time"],
+    "_get_grad_norm": ["model", "grad_norm"],
     "log": ["logs", "start_time"],
     "create_model_card": ["model_name", "dataset_name", "tags"],
 }

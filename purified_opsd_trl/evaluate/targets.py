@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoints import checkpoint_folders, is_whole
+from ..checkpoints import is_complete
 from ..errors import InputError
+from ..run_identity import checkpoint_folders
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def _complete_checkpoints(folder: Path) -> list[Path]:
     if not found and folder not in checkpoint_folders(folder.parent):
         return [folder]
     found = found or [folder]
-    complete = [path for path in found if is_whole(path)]
+    complete = [path for path in found if is_complete(path, to_resume=False)]
     incomplete = ", ".join(path.name for path in found if path not in complete)
     if not complete:
         raise InputError(

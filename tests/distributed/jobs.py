@@ -5,8 +5,10 @@ Imported by the tests (one process) and by `worker.py` (each of several processe
 """
 
 import contextlib
+import math
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,8 @@ class Job:
         data (`str`): `"even"`; or `"skewed"`, one epoch of 18 rows that are 40 times as long on the first process.
         stages (`tuple`): what else to do: `"evaluate"`, `"save"` (and reload), `"sample"` (rollouts at random instead
             of greedily), `"checkpoints"` (after every second step), `"die_in_step"` and `"die_in_write"` (the process
-            kills itself in its third step, or while it writes its second checkpoint).
+            kills itself in its third step, or while it writes its second checkpoint), `"stop_in_step"` (it sends
+            itself SIGTERM in its third step), `"nan_in_step"` (the other processes score NaN in their third step).
         resume (`str` or `bool`, *optional*): checkpoint to resume from, below the folder of all jobs; `True` finds it.
         output (`str`, *optional*): name of the job whose folder is trained in.
     """
@@ -110,10 +113,15 @@ def build(job: Job, model_dir: str, folder: Path, num_processes: int, deepspeed:
     )
     if skewed:
         ragged_rollout(trainer)
-    if "die_in_step" in job.stages:
-        die_at_step(trainer, "_compute_loss", 2)
-    if "die_in_write" in job.stages:
-        die_at_step(trainer, "_save_rng_state", 4)  # after weights and optimizer state, before the rest
+    main = trainer.accelerator.is_main_process
+    if "die_in_step" in job.stages and main:
+        at_step(trainer, "_compute_loss", 2, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    if "die_in_write" in job.stages and main:  # after weights and optimizer state, before the rest
+        at_step(trainer, "_save_rng_state", 4, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    if "stop_in_step" in job.stages and main:
+        at_step(trainer, "_compute_loss", 2, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    if "nan_in_step" in job.stages and not main:
+        at_step(trainer, "_compute_loss", 2, lambda _, inputs, *__: inputs["base_hidden"].fill_(math.nan))
     return trainer
 
 
@@ -126,16 +134,16 @@ def ragged_rollout(trainer: PurifiedOPSDTrainer) -> None:
     trainer._generate_single_turn = generate  # type: ignore[method-assign]
 
 
-def die_at_step(trainer: PurifiedOPSDTrainer, method: str, step: int) -> None:
-    """The first process kills itself, uncleanly, when it enters a method at a step."""
+def at_step(trainer: PurifiedOPSDTrainer, method: str, step: int, action: Callable[..., Any]) -> None:
+    """Calls an action, with the arguments of a method, before the method at a step."""
     original = getattr(trainer, method)
 
-    def deadly(*args: Any, **kwargs: Any) -> Any:
-        if trainer.state.global_step == step and trainer.accelerator.is_main_process:
-            os.kill(os.getpid(), signal.SIGKILL)
+    def with_action(*args: Any, **kwargs: Any) -> Any:
+        if trainer.state.global_step == step:
+            action(*args, **kwargs)
         return original(*args, **kwargs)
 
-    setattr(trainer, method, deadly)
+    setattr(trainer, method, with_action)
 
 
 def run(job: Job, model_dir: str, folder: Path, num_processes: int, deepspeed: bool = False) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from .jobs import PROBE, Job, job_name, run
-from .worlds import BACKENDS, World
+from .worlds import BACKENDS, STARTUP, WATCHDOG, World
 
 
 CELLS = tuple(itertools.product(("base", "live", "ema"), (True, False)))
@@ -178,7 +178,7 @@ def kill_cases() -> list[Any]:
 
 
 @pytest.mark.parametrize(("backend", "death", "cell"), kill_cases())
-def test_a_killed_job_goes_on_from_the_last_whole_checkpoint(
+def test_a_killed_job_goes_on_from_the_last_complete_checkpoint(
     model_dir: Path, tmp_path: Path, backend: str, death: str, cell: tuple[str, bool]
 ) -> None:
     stages = ("checkpoints", "sample")
@@ -191,6 +191,42 @@ def test_a_killed_job_goes_on_from_the_last_whole_checkpoint(
     world = World(backend, jobs, model_dir, tmp_path).start().wait()
     log = world.logs(size=10**7)
     assert log.count(f"Resuming from {run / 'checkpoint-2'}") == 1  # one process says so
-    assert (f"passing over incomplete: {incomplete}" in log) == (incomplete is not None)
+    assert (f"passing over incomplete or damaged: {incomplete}" in log) == (incomplete is not None)
     assert_same_state(world, "straight", "resumed")
     assert (run / "checkpoint-4" / "trainer_state.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "backend", [pytest.param(b, marks=[] if b == "ddp" else [pytest.mark.distributed]) for b in BACKENDS]
+)
+def test_a_signal_to_one_process_stops_all_after_one_step(model_dir: Path, tmp_path: Path, backend: str) -> None:
+    stages = ("checkpoints", "sample")
+    World(
+        backend, [Job("stopped", "ema", False, stages=(*stages, "stop_in_step"))], model_dir, tmp_path
+    ).start().wait()
+    run = tmp_path / "stopped" / "run"
+    assert sorted(folder.name for folder in run.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    jobs = [
+        Job("resumed", "ema", False, stages=stages, resume=True, output="stopped"),
+        Job("straight", "ema", False, stages=stages),
+    ]
+    world = World(backend, jobs, model_dir, tmp_path).start().wait()
+    log = world.logs(size=10**7)
+    assert log.count("Stopped by SIGTERM after step 3;") == 1  # one process says so
+    assert log.count(f"Resuming from {run / 'checkpoint-3'}") == 1
+    assert_same_state(world, "straight", "resumed")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_process_whose_loss_is_not_finite_stops_all(model_dir: Path, tmp_path: Path, backend: str) -> None:
+    job = Job("stopped", "base", True, stages=("checkpoints", "nan_in_step"))
+    world = World(backend, [job], model_dir, tmp_path).start()
+    try:
+        assert [process.wait(STARTUP + WATCHDOG) for process in world.processes] == [1, 1]
+    finally:
+        world.kill()
+    logs = world.logs(size=10**7)
+    assert "FloatingPointError: Step 3: the loss of rows of other processes is NaN" in logs
+    assert "FloatingPointError: Step 3: the loss of row 0 of the batch" in logs
+    assert [folder.name for folder in (tmp_path / "stopped" / "run").glob("checkpoint-*")] == ["checkpoint-2"]

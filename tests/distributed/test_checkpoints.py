@@ -12,7 +12,7 @@ import yaml
 from trl import DistillationTrainer
 
 from purified_opsd_trl import InputError, PurifiedOPSDConfig
-from purified_opsd_trl.checkpoints import is_whole, last_whole_checkpoint
+from purified_opsd_trl.checkpoints import is_complete, last_complete_checkpoint
 from purified_opsd_trl.train import check_checkpoint
 
 from .jobs import rows
@@ -52,8 +52,8 @@ def test_half_a_checkpoint_is_passed_over(tmp_path: Path, state: str | None) -> 
     write(tmp_path, 1000, None)
     (tmp_path / "checkpoint-best").mkdir()
     (tmp_path / "checkpoint-2000").write_text("a file")
-    assert is_whole(whole) and not is_whole(broken)
-    assert last_whole_checkpoint(tmp_path) == (str(whole), ["checkpoint-1000", "checkpoint-100"])
+    assert is_complete(whole) and not is_complete(broken)
+    assert last_complete_checkpoint(tmp_path) == (str(whole), ["checkpoint-1000", "checkpoint-100"])
 
 
 def config(tmp_path: Path, value: str) -> PurifiedOPSDConfig:
@@ -66,15 +66,13 @@ def test_the_newest_whole_one_is_found_and_named(tmp_path: Path, capsys: pytest.
     with pytest.raises(InputError, match="run holds no checkpoint. Remove the key"):
         check_checkpoint(config(tmp_path, "true"))
     incomplete = write(tmp_path / "run", 4, None)
-    with pytest.raises(InputError, match=r"no whole checkpoint \(incomplete: checkpoint-4, killed while"):
+    with pytest.raises(InputError, match=r"no complete checkpoint \(incomplete or damaged: checkpoint-4\)"):
         check_checkpoint(config(tmp_path, "true"))
-    with pytest.raises(InputError, match="checkpoint-4 is incomplete.*set `true`"):
+    with pytest.raises(InputError, match="checkpoint-4 is incomplete or damaged.*set `true`"):
         check_checkpoint(config(tmp_path, str(incomplete)))
     whole = write(tmp_path / "run", 2, '{"global_step": 2}')
     assert check_checkpoint(config(tmp_path, "true")) == str(whole)
-    assert capsys.readouterr().out == (
-        f"Resuming from {whole} (passing over incomplete: checkpoint-4, killed while it was written)\n"
-    )
+    assert capsys.readouterr().out == (f"Resuming from {whole} (passing over incomplete or damaged: checkpoint-4)\n")
     assert check_checkpoint(config(tmp_path, str(whole))) == str(whole)
     assert check_checkpoint(config(tmp_path, "false")) is None
 
@@ -118,7 +116,7 @@ def test_two_processes_from_the_command_line_resume(model_dir: Path, tmp_path: P
     start("--max_steps", "2")
     (tmp_path / "run" / "checkpoint-4").mkdir()  # as if it had been killed in its next write
     output = start("--max_steps", "4", "--resume_from_checkpoint", "true")
-    assert output.count(f"Resuming from {tmp_path / 'run' / 'checkpoint-2'} (passing over incomplete") == 1
+    assert output.count(f"Resuming from {tmp_path / 'run' / 'checkpoint-2'} (passing over incomplete or damaged") == 1
     last = tmp_path / "run" / "checkpoint-4"
     assert json.loads((last / "trainer_state.json").read_text())["global_step"] == 4
     assert (last / "rng_state_1.pth").is_file()  # there were two processes
