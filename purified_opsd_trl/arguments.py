@@ -6,16 +6,51 @@ What cannot be used is an [`InputError`] of one line that names the key.
 
 import dataclasses
 import difflib
+import functools
+import math
+import numbers
+import os
+import re
 import types
 from collections.abc import Collection, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from trl import TrlParser
 
 from .errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """
+    Finite numbers that a field admits, as `Annotated[float, Range(0, 1)]`.
+
+    Args:
+        low (`float`):
+            Smallest one.
+        high (`float`, *optional*, defaults to `inf`):
+            Largest one.
+        above (`bool`, *optional*, defaults to `False`):
+            Whether `low` itself is left out.
+    """
+
+    low: float
+    high: float = math.inf
+    above: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return math.isfinite(value) and self.low <= value <= self.high and not (self.above and value == self.low)
+
+    def __str__(self) -> str:
+        lower = f"{'above' if self.above else 'at least'} {self.low:g}"
+        return lower if self.high == math.inf else f"{lower} and at most {self.high:g}"
+
+
+PositiveInt = Annotated[int, Range(1)]
+PositiveFloat = Annotated[float, Range(0, above=True)]
 
 
 class CommandParser(TrlParser):
@@ -79,7 +114,8 @@ class CommandParser(TrlParser):
                 Arguments after the command.
 
         Returns:
-            `tuple`: one instance of each dataclass; what is left over of the file, as `--key value`; and of `argv`.
+            `tuple`: one instance of each dataclass; what is left over of the file, as `--key value`; and of `argv`,
+            options of `other` with their values.
 
         Raises:
             `InputError`: as in `parse`.
@@ -99,8 +135,10 @@ class CommandParser(TrlParser):
             raise
         except ValueError as error:  # of a config's own checks
             raise InputError(" ".join(str(error).split())) from error
-        for word in left:
+        for before, word in zip(["", *left], left, strict=False):
             self._check_name(word.split("=", 1)[0])
+            if self.other and not word.startswith("--") and not before.startswith("--"):
+                self.error(f"`{word}` belongs to no option.")
         return tuple(parsed), from_file, left
 
     def set_defaults_with_config(self, **config: Any) -> list[str]:
@@ -111,14 +149,18 @@ class CommandParser(TrlParser):
             if key not in defaults or (value is None and defaults[key].default is None):
                 continue
             hint = self.hints[key]
-            if isinstance(value, bool) and not _fits(value, hint) and _fits("", hint):
-                config[key] = str(value).lower()  # `resume_from_checkpoint: true`
+            if isinstance(value, bool) and key == "resume_from_checkpoint":
+                config[key] = str(value).lower()
             elif not (isinstance(value, str) and _converted(hint)):  # argparse converts strings, and checks them
                 check_type(key, value, hint)
         return super().set_defaults_with_config(**config)
 
     def error(self, message: str) -> NoReturn:
-        """Raises instead of printing the usage."""
+        """Raises instead of printing the usage, in the words of `check_type` where argparse could not convert."""
+        refused = re.match(r"argument --(\w+)\S*: (?:invalid .* (?:value|choice):|Truthy.*: got) '?(.*)", message)
+        if refused and refused[1] in self.hints:
+            value = re.sub(r"'?( but expected .*| \(choose from .*)?$", "", refused[2], count=1)
+            message = f"`{refused[1]}` must be {_described(self.hints[refused[1]])}, got {value!r}."
         raise InputError(message)
 
     def _check_name(self, option: str, only_renamed: bool = False) -> None:
@@ -149,7 +191,8 @@ def read_yaml(path: str) -> dict[str, Any]:
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
-        _check_duplicates(yaml.compose(text, yaml.SafeLoader), path)
+        root = yaml.compose(text, yaml.SafeLoader)
+        _check_duplicates(root, path)
         config = yaml.safe_load(text)
     except OSError as error:
         raise InputError(f"`config`: {path} cannot be read: {error.strerror}.") from None
@@ -162,6 +205,12 @@ def read_yaml(path: str) -> dict[str, Any]:
         raise InputError(f"`config`: {where}, is not YAML: {reason}.") from None
     if not isinstance(config, dict) or not config or not all(isinstance(key, str) for key in config):
         raise InputError(f"`config`: {path} must hold `key: value` lines, with text as keys.")
+    for key, value in root.value:
+        if isinstance(value, yaml.ScalarNode) and not value.value and value.style is None:
+            raise InputError(
+                f"`config`: {path}, line {key.start_mark.line + 1}: `{key.value}` has no value. Write one, or remove "
+                "the line for the default."
+            )
     return config
 
 
@@ -180,31 +229,41 @@ def _check_duplicates(node: Any, path: str, seen: frozenset[int] = frozenset()) 
         _check_duplicates(value, path, seen)
 
 
-def check_types(instance: Any) -> None:
+def check_types(instance: Any, skip: Collection[str] = (), hints: Mapping[str, Any] | None = None) -> None:
     """
     Checks the fields of a dataclass against their annotations; for `__post_init__`.
 
     Args:
         instance (`Any`):
             Instance of a dataclass.
+        skip (`Collection[str]`, *optional*):
+            Fields that are not checked.
+        hints (`Mapping[str, Any]`, *optional*):
+            Annotations that take the place of a field's own.
 
     Raises:
         `InputError`: for the first field whose value is of another type.
     """
-    hints = get_type_hints(type(instance))
+    all_hints = {**_hints(type(instance)), **(hints or {})}
     for field in dataclasses.fields(instance):
-        check_type(field.name, getattr(instance, field.name), hints[field.name])
+        if field.name not in skip:
+            check_type(field.name, getattr(instance, field.name), all_hints[field.name])
+
+
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
 
 
 def check_type(name: str, value: Any, hint: Any) -> None:
     """
-    Checks one value against an annotation. A whole number is a number; `True` is neither.
+    Checks one value against an annotation, with its [`Range`]. A whole number is a number; `True` and NaN are neither.
 
     Args:
         name (`str`):
             Name of the setting, for the message.
         value (`Any`):
-            Its value, in the types of YAML.
+            Its value, in the types of YAML. A path is text.
         hint (`Any`):
             Annotation, with its strings resolved.
 
@@ -213,25 +272,43 @@ def check_type(name: str, value: Any, hint: Any) -> None:
     """
     if not _fits(value, hint):
         got = "nothing" if value is None else repr(value)
-        quotes = " Put it in quotes." if _fits("", hint) and isinstance(value, int | float) else ""
-        raise InputError(f"`{name}` must be {_described(hint)}, got {got}.{quotes}")
+        advice = ""
+        if _fits("", hint) and isinstance(value, int | float):
+            advice = " Put it in quotes."
+        elif isinstance(value, str) and _fits([value], hint):
+            advice = f" Write it as a list: `[{value}]`."
+        elif isinstance(value, str) and _is_number(value) and _fits(float(value), hint):
+            advice = " Write it without quotes."
+        raise InputError(f"`{name}` must be {_described(hint)}, got {got}.{advice}")
 
 
 def _fits(value: Any, hint: Any) -> bool:
     kind, args = get_origin(hint) or hint, get_args(hint)
     if kind in (Union, types.UnionType):
         return any(_fits(value, arg) for arg in args)
+    if kind is Annotated:
+        return _fits(value, args[0]) and all(value in bound for bound in args[1:] if isinstance(bound, Range))
     if kind is Literal:
         return any(value == arg and type(value) is type(arg) for arg in args)
     if kind in (int, float):
-        return isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+        number = numbers.Integral if kind is int else numbers.Real
+        return isinstance(value, number) and not isinstance(value, bool) and value == value
     if kind in (list, tuple):
         return isinstance(value, list | tuple) and all(_fits(item, args[0]) for item in value if args)
     if not isinstance(kind, type) or kind is Any:
         return True  # type variables and the like
     if issubclass(kind, Enum) and value in [member.value for member in kind]:
         return True
+    if kind is str:
+        return isinstance(value, str | os.PathLike)
     return isinstance(value, kind) or (dataclasses.is_dataclass(kind) and isinstance(value, dict))
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _converted(hint: Any) -> bool:
@@ -257,6 +334,8 @@ def _described(hint: Any) -> str:
     kind, args = get_origin(hint) or hint, get_args(hint)
     if _is_union(hint):
         return " or ".join(dict.fromkeys(_described(arg) for arg in args))
+    if kind is Annotated:
+        return " ".join([_described(args[0]), *(str(bound) for bound in args[1:])])
     if kind is Literal:
         return f"one of {', '.join(map(repr, args))}"
     if kind in (list, tuple):
