@@ -157,7 +157,7 @@ class CommandParser(TrlParser):
 
     def error(self, message: str) -> NoReturn:
         """Raises instead of printing the usage, in the words of `check_type` where argparse could not convert."""
-        refused = re.match(r"argument --(\w+)\S*: (?:invalid .* (?:value|choice):|Truthy.*: got) '?(.*)", message)
+        refused = re.match(r"argument --(\w+)\S*: (?:invalid (?:.* )?(?:value|choice):|Truthy.*: got) '?(.*)", message)
         if refused and refused[1] in self.hints:
             value = re.sub(r"'?( but expected .*| \(choose from .*)?$", "", refused[2], count=1)
             message = f"`{refused[1]}` must be {_described(self.hints[refused[1]])}, got {value!r}."
@@ -244,7 +244,7 @@ def check_types(instance: Any, skip: Collection[str] = (), hints: Mapping[str, A
     Raises:
         `InputError`: for the first field whose value is of another type.
     """
-    all_hints = {**_hints(type(instance)), **(hints or {})}
+    all_hints = {**_hints(instance.__class__), **(hints or {})}
     for field in dataclasses.fields(instance):
         if field.name not in skip:
             check_type(field.name, getattr(instance, field.name), all_hints[field.name])

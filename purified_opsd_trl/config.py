@@ -262,9 +262,9 @@ class PurifiedOPSDConfig(DistillationConfig):
     epistemic_window: PositiveInt = _option(10, "Steps over which the present rate of a marker is taken.")
 
     def __post_init__(self) -> None:
-        # Before the inherited checks, which convert some values and stumble over others. `accelerator_config` may be
-        # an object that its annotation does not mention
-        check_types(self, skip=("accelerator_config",), hints=_INHERITED)
+        # Before the inherited checks, which convert some values and stumble over others. Skipped are two fields that
+        # admit more than their annotation says: an object, and the None of argparse
+        check_types(self, skip=("accelerator_config", "debug"), hints=_INHERITED)
         self._check_json()
         self._check_templates()
         self._check_combinations()
