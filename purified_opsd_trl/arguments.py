@@ -151,6 +151,8 @@ class CommandParser(TrlParser):
             hint = self.hints[key]
             if isinstance(value, bool) and key == "resume_from_checkpoint":
                 config[key] = str(value).lower()
+            elif isinstance(value, str) and "," not in value and not _fits(value, hint) and _fits([value], hint):
+                config[key] = [value]  # one word, as on the command line: `lora_target_modules: all-linear`
             elif not (isinstance(value, str) and _converted(hint)):  # argparse converts strings, and checks them
                 check_type(key, value, hint)
         return super().set_defaults_with_config(**config)

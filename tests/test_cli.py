@@ -18,17 +18,25 @@ from purified_opsd_trl.train import RENAMED, make_parser
 HEAVY = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "numpy")
 
 
-@pytest.mark.parametrize("flag", ["--version", "--help"])
-def test_a_question_imports_nothing_heavy(flag: str) -> None:
+@pytest.mark.parametrize(
+    ("words", "heavy"),
+    [
+        ("--version", HEAVY),
+        ("--help", HEAVY),
+        ("env --help", HEAVY),
+        ("evaluate --help", ("torch", "datasets", "accelerate", "peft")),  # TRL's parser
+    ],
+)
+def test_a_question_imports_nothing_heavy(words: str, heavy: tuple[str, ...]) -> None:
     code = (
         "import sys\nfrom purified_opsd_trl import cli\ntry:\n    cli.main(sys.argv[1:])\n"
-        f"except SystemExit as stopped:\n    assert not stopped.code\nassert not set({HEAVY}) & set(sys.modules)"
+        f"except SystemExit as stopped:\n    assert not stopped.code\nassert not set({heavy}) & set(sys.modules)"
     )
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, "-c", code, flag], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, *words.split()], capture_output=True, text=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
-    assert not done.stderr and ("0." in done.stdout or "evaluate" in done.stdout)
+    assert not done.stderr and ("0." in done.stdout or "help" in done.stdout)
     # CPU time, which other processes of the machine do not lengthen
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
 
@@ -67,7 +75,7 @@ def test_noise_of_other_packages_is_dropped(caplog: pytest.LogCaptureFixture) ->
         ("", "must hold `key: value` lines"),
         ("- seed\n", "must hold `key: value` lines"),
         ("1: 2\n", "with text as keys"),
-        ("epistemic_markers: wait\n", r"`epistemic_markers` must be a list of text, got 'wait'\. Write .*`\[wait\]`"),
+        ("epistemic_markers: wait, hmm\n", r"must be a list of text, got 'wait, hmm'\. Write .*`\[wait, hmm\]`"),
         ("reference_column: true\n", r"`reference_column` must be text, got True\. Put it in quotes"),
         ("pmi_center: null\n", "`pmi_center` must be true or false, got nothing"),
         ("seed: one\n", "`seed` must be a whole number, got 'one'"),
@@ -82,6 +90,14 @@ def test_a_file_that_cannot_be_used(tmp_path: Path, text: str, message: str, joi
     with pytest.raises(InputError, match=message) as refused:
         make_parser().parse_known(f"--config{join}{file}".split())
     assert "\n" not in str(refused.value)
+
+
+def test_one_word_is_a_list_of_one_as_on_the_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("epistemic_markers: wait a minute\nlora_target_modules: all-linear\n")
+    (_, training_args, model_args, _), _, _ = make_parser().parse_known(["--config", str(file)])
+    assert training_args.epistemic_markers == ["wait a minute"]
+    assert model_args.lora_target_modules == "all-linear"
 
 
 @pytest.mark.parametrize("name", RENAMED)

@@ -54,6 +54,7 @@ def test_a_training_run(
 
 def warn_at_step_two(trainer: Any) -> None:
     """Makes a step log a warning, as a guard does."""
+
     class Warn(TrainerCallback):
         def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
             if state.global_step == 2:
