@@ -174,7 +174,7 @@ class CommandParser(TrlParser):
             self.error(f"`{name}` is now called `{self.renamed[name]}`.")
         if not only_renamed and name not in self.hints:
             near = difflib.get_close_matches(name, [*self.hints, *self.other], n=1)
-            self.error(f"There is no option `{name}`.{f' Did you mean `{near[0]}`?' if near else ''}")
+            raise InputError(f"There is no option `{name}`.{f' Did you mean `{near[0]}`?' if near else ''}")
 
 
 def read_yaml(path: str) -> dict[str, Any]:

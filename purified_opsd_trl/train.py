@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate.commands.launch import launch_command_parser
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 from trl import DatasetMixtureConfig, ModelConfig, get_peft_config, get_quantization_config
 
 from .arguments import CommandParser
 from .checkpoints import find_checkpoint, is_whole
 from .config import PurifiedOPSDConfig
-from .errors import InputError, exit_status
+from .errors import InputError, exit_status, one_line
 from .extras import require_extra
 from .loading import PurifiedOPSDScriptArguments, load_splits, map_columns, pick_split
 
@@ -67,11 +67,15 @@ def check_checkpoint(training_args: PurifiedOPSDConfig) -> str | bool | None:
     return value
 
 
-def _check_folders(name: str, folder: str) -> None:
-    """Checks the model's folder, and that the output directory can be written, before anything is loaded."""
+def _check_folders(name: str, revision: str | None, folder: str) -> None:
+    """Checks that the model is there and that the output directory can be written, before anything is loaded."""
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not os.path.isdir(os.path.expanduser(name)):
         raise InputError(f"`model_name_or_path`: there is no folder {name} (looked in {os.getcwd()}).")
+    try:
+        cached_file(name, "config.json", revision=revision)
+    except OSError as error:
+        raise InputError(f"`model_name_or_path`: {name} cannot be loaded: {one_line(error)}") from error
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
@@ -142,7 +146,7 @@ def main(
     if name is None:
         raise InputError("No model is named. Set `model_name_or_path` to a folder or a hub id.")
     assert training_args.output_dir is not None  # the config sets it
-    _check_folders(name, training_args.output_dir)
+    _check_folders(name, model_args.model_revision, training_args.output_dir)
     _check_extras(training_args, model_args)
     if "wandb" in (training_args.report_to or []):
         keep_wandb_offline()

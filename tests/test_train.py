@@ -193,7 +193,10 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ({"pmi_betta": 1.0}, r"no option `pmi_betta`.* Did you mean `pmi_beta`\?"),
         ({"model": "m"}, "`model` is now called `model_name_or_path`"),
         ({"model_name_or_path": "./nowhere"}, "`model_name_or_path`: there is no folder ./nowhere"),
-        ({"model_name_or_path": "no/where"}, "no/where"),  # on the hub, which is not to be asked
+        (
+            {"model_name_or_path": "no/where"},
+            "`model_name_or_path`: no/where cannot be loaded: ",
+        ),  # on the hub, which is not to be asked
         ({"output_dir": "/dev/null/run"}, "`output_dir`: /dev/null/run cannot be created: Not a directory"),
         ({"dataset_prompt_column": "question"}, "no column `question`; its columns are `problem`, `solution`"),
         ({"dataset_reference_column": "answer"}, "no column `answer`; its columns are .*`solution`"),
