@@ -6,16 +6,51 @@ What cannot be used is an [`InputError`] of one line that names the key.
 
 import dataclasses
 import difflib
+import functools
+import math
+import numbers
+import os
+import re
 import types
 from collections.abc import Collection, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from trl import TrlParser
 
 from .errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """
+    Finite numbers that a field admits, as `Annotated[float, Range(0, 1)]`.
+
+    Args:
+        low (`float`):
+            Smallest one.
+        high (`float`, *optional*, defaults to `inf`):
+            Largest one.
+        above (`bool`, *optional*, defaults to `False`):
+            Whether `low` itself is left out.
+    """
+
+    low: float
+    high: float = math.inf
+    above: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return math.isfinite(value) and self.low <= value <= self.high and not (self.above and value == self.low)
+
+    def __str__(self) -> str:
+        lower = f"{'above' if self.above else 'at least'} {self.low:g}"
+        return lower if self.high == math.inf else f"{lower} and at most {self.high:g}"
+
+
+PositiveInt = Annotated[int, Range(1)]
+PositiveFloat = Annotated[float, Range(0, above=True)]
 
 
 class CommandParser(TrlParser):
@@ -49,8 +84,7 @@ class CommandParser(TrlParser):
         super().__init__(dataclass_types, prog=prog, description=description, epilog=epilog, allow_abbrev=False)
         self.hints = {name: hint for kind in dataclass_types for name, hint in get_type_hints(kind).items()}
         self.renamed = renamed or {}
-        self.keys = {*self.hints, *map(_name, other)}  # what a file may hold; options have more spellings
-        self.options = self.keys | {_name(option) for action in self._actions for option in action.option_strings}
+        self.other = frozenset(other)
 
     def parse(self, argv: Sequence[str]) -> tuple[Any, ...]:
         """
@@ -68,7 +102,7 @@ class CommandParser(TrlParser):
         """
         parsed, *left = self.parse_known(argv)
         for word in (word for words in left for word in words):
-            raise InputError(f"`{word}` belongs to no option. Lists are separated by spaces and follow their option.")
+            self.error(f"`{word}` belongs to no option. Lists are separated by spaces and follow their option.")
         return parsed
 
     def parse_known(self, argv: Sequence[str]) -> tuple[tuple[Any, ...], list[str], list[str]]:
@@ -80,19 +114,19 @@ class CommandParser(TrlParser):
                 Arguments after the command.
 
         Returns:
-            `tuple`: one instance of each dataclass; what is left over of the file, as `--key value`; and of `argv`.
+            `tuple`: one instance of each dataclass; what is left over of the file, as `--key value`; and of `argv`,
+            options of `other` with their values.
 
         Raises:
             `InputError`: as in `parse`.
         """
         words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
-        for word in words:
-            if word.startswith("--") and word != "--config" and " " not in word:
-                self._check_name(_name(word), self.options)
-        if words.count("--config") > 1 or words[-1:] == ["--config"]:
-            raise InputError("`--config` takes one file, and is given once.")
-        if "--config" in words:
+        if (count := words.count("--config")) > 1 or words[-1:] == ["--config"]:
+            self.error("Name one file after `--config`." if count == 1 else "`--config` is given more than once.")
+        if count:
             read_yaml(words[words.index("--config") + 1])  # TRL reads it again, without these checks
+        for word in words:
+            self._check_name(word.split("=", 1)[0], only_renamed=True)
         try:
             *parsed, from_file, left = self.parse_args_and_config(
                 words, return_remaining_strings=True, separate_remaining_strings=True
@@ -101,40 +135,46 @@ class CommandParser(TrlParser):
             raise
         except ValueError as error:  # of a config's own checks
             raise InputError(" ".join(str(error).split())) from error
+        for before, word in zip(["", *left], left, strict=False):
+            self._check_name(word.split("=", 1)[0])
+            if self.other and not word.startswith("--") and not before.startswith("--"):
+                self.error(f"`{word}` belongs to no option.")
         return tuple(parsed), from_file, left
 
     def set_defaults_with_config(self, **config: Any) -> list[str]:
         """Takes the content of a YAML file, as in TRL, after checking names and types."""
         defaults = {action.dest: action for action in self._actions}
         for key, value in config.items():
-            self._check_name(key, self.keys)
+            self._check_name(f"--{key}")
             if key not in defaults or (value is None and defaults[key].default is None):
                 continue
             hint = self.hints[key]
-            if isinstance(value, bool) and not _fits(value, hint) and _fits("", hint):
-                config[key] = str(value).lower()  # `resume_from_checkpoint: true`
-            elif isinstance(value, str) and not _fits(value, hint) and _fits([value], hint):
-                config[key] = [value]  # `lora_target_modules: all-linear`, as on the command line
+            if isinstance(value, bool) and key == "resume_from_checkpoint":
+                config[key] = str(value).lower()
+            elif isinstance(value, str) and "," not in value and not _fits(value, hint) and _fits([value], hint):
+                config[key] = [value]  # one word, as on the command line: `lora_target_modules: all-linear`
             elif not (isinstance(value, str) and _converted(hint)):  # argparse converts strings, and checks them
                 check_type(key, value, hint)
         return super().set_defaults_with_config(**config)
 
     def error(self, message: str) -> NoReturn:
-        """Raises instead of printing the usage."""
+        """Raises instead of printing the usage, in the words of `check_type` where argparse could not convert."""
+        refused = re.match(r"argument --(\w+)\S*: (?:invalid (?:.* )?(?:value|choice):|Truthy.*: got) '?(.*)", message)
+        if refused and refused[1] in self.hints:
+            value = re.sub(r"'?( but expected .*| \(choose from .*)?$", "", refused[2], count=1)
+            message = f"`{refused[1]}` must be {_described(self.hints[refused[1]])}, got {value!r}."
         raise InputError(message)
 
-    def _check_name(self, name: str, known: set[str]) -> None:
+    def _check_name(self, option: str, only_renamed: bool = False) -> None:
         """Refuses a name that is outdated or that nobody knows."""
+        name = option.removeprefix("--").replace("-", "_")
+        if not option.startswith("--") or name in self.other:
+            return
         if name in self.renamed:
-            raise InputError(f"`{name}` is now called `{self.renamed[name]}`.")
-        if name not in known:
-            near = difflib.get_close_matches(name, sorted(known), n=1)
+            self.error(f"`{name}` is now called `{self.renamed[name]}`.")
+        if not only_renamed and name not in self.hints:
+            near = difflib.get_close_matches(name, [*self.hints, *self.other], n=1)
             raise InputError(f"There is no option `{name}`.{f' Did you mean `{near[0]}`?' if near else ''}")
-
-
-def _name(option: str) -> str:
-    """Name of the field in `--some-name=value`."""
-    return option.split("=", 1)[0].removeprefix("--").replace("-", "_")
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -153,7 +193,8 @@ def read_yaml(path: str) -> dict[str, Any]:
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
-        _check_duplicates(yaml.compose(text, yaml.SafeLoader), path)
+        root = yaml.compose(text, yaml.SafeLoader)
+        _check_duplicates(root, path)
         config = yaml.safe_load(text)
     except OSError as error:
         raise InputError(f"`config`: {path} cannot be read: {error.strerror}.") from None
@@ -166,6 +207,12 @@ def read_yaml(path: str) -> dict[str, Any]:
         raise InputError(f"`config`: {where}, is not YAML: {reason}.") from None
     if not isinstance(config, dict) or not config or not all(isinstance(key, str) for key in config):
         raise InputError(f"`config`: {path} must hold `key: value` lines, with text as keys.")
+    for key, value in root.value:
+        if isinstance(value, yaml.ScalarNode) and not value.value and value.style is None:
+            raise InputError(
+                f"`config`: {path}, line {key.start_mark.line + 1}: `{key.value}` has no value. Write one, or remove "
+                "the line for the default."
+            )
     return config
 
 
@@ -184,31 +231,41 @@ def _check_duplicates(node: Any, path: str, seen: frozenset[int] = frozenset()) 
         _check_duplicates(value, path, seen)
 
 
-def check_types(instance: Any) -> None:
+def check_types(instance: Any, skip: Collection[str] = (), hints: Mapping[str, Any] | None = None) -> None:
     """
     Checks the fields of a dataclass against their annotations; for `__post_init__`.
 
     Args:
         instance (`Any`):
             Instance of a dataclass.
+        skip (`Collection[str]`, *optional*):
+            Fields that are not checked.
+        hints (`Mapping[str, Any]`, *optional*):
+            Annotations that take the place of a field's own.
 
     Raises:
         `InputError`: for the first field whose value is of another type.
     """
-    hints = get_type_hints(type(instance))
+    all_hints = {**_hints(instance.__class__), **(hints or {})}
     for field in dataclasses.fields(instance):
-        check_type(field.name, getattr(instance, field.name), hints[field.name])
+        if field.name not in skip:
+            check_type(field.name, getattr(instance, field.name), all_hints[field.name])
+
+
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
 
 
 def check_type(name: str, value: Any, hint: Any) -> None:
     """
-    Checks one value against an annotation. An integer is a number; `True` is neither.
+    Checks one value against an annotation, with its [`Range`]. An integer is a number; `True` and NaN are neither.
 
     Args:
         name (`str`):
             Name of the setting, for the message.
         value (`Any`):
-            Its value, in the types of YAML.
+            Its value, in the types of YAML. A path is text.
         hint (`Any`):
             Annotation, with its strings resolved.
 
@@ -217,26 +274,44 @@ def check_type(name: str, value: Any, hint: Any) -> None:
     """
     if not _fits(value, hint):
         got = "nothing" if value is None else repr(value)
-        text = _fits("", hint) or any(isinstance(arg, str) for arg in get_args(hint))  # choices
-        quotes = " Put it in quotes." if text and isinstance(value, int | float) else ""
-        raise InputError(f"`{name}` must be {_described(hint)}, got {got}.{quotes}")
+        advice = ""
+        text = _fits("", hint) or any(isinstance(choice, str) for choice in get_args(hint))
+        if text and isinstance(value, int | float):
+            advice = " Put it in quotes."
+        elif isinstance(value, str) and _fits([value], hint):
+            advice = f" Write it as a list: `[{value}]`."
+        elif isinstance(value, str) and _is_number(value) and _fits(float(value), hint):
+            advice = " Write it without quotes."
+        raise InputError(f"`{name}` must be {_described(hint)}, got {got}.{advice}")
 
 
 def _fits(value: Any, hint: Any) -> bool:
     kind, args = get_origin(hint) or hint, get_args(hint)
     if kind in (Union, types.UnionType):
         return any(_fits(value, arg) for arg in args)
+    if kind is Annotated:
+        return _fits(value, args[0]) and all(value in bound for bound in args[1:] if isinstance(bound, Range))
     if kind is Literal:
         return any(value == arg and type(value) is type(arg) for arg in args)
     if kind in (int, float):
-        return isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+        number = numbers.Integral if kind is int else numbers.Real
+        return isinstance(value, number) and not isinstance(value, bool) and value == value
     if kind in (list, tuple):
         return isinstance(value, list | tuple) and all(_fits(item, args[0]) for item in value if args)
     if not isinstance(kind, type) or kind is Any:
         return True  # type variables and the like
     if issubclass(kind, Enum) and value in [member.value for member in kind]:
         return True
+    if kind is str:
+        return isinstance(value, str | os.PathLike)
     return isinstance(value, kind) or (dataclasses.is_dataclass(kind) and isinstance(value, dict))
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _converted(hint: Any) -> bool:
@@ -262,6 +337,8 @@ def _described(hint: Any) -> str:
     kind, args = get_origin(hint) or hint, get_args(hint)
     if _is_union(hint):
         return " or ".join(dict.fromkeys(_described(arg) for arg in args))
+    if kind is Annotated:
+        return " ".join([_described(args[0]), *(str(bound) for bound in args[1:])])
     if kind is Literal:
         return f"one of {', '.join(map(repr, args))}"
     if kind in (list, tuple):

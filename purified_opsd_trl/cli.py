@@ -1,31 +1,32 @@
 """The `purified-opsd` command: `train`, `diagnose`, `evaluate`, `bench` and `env`."""
 
 import argparse
+import importlib
 import importlib.metadata
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
-from .errors import InputError
+from .errors import DEBUG_VARIABLE, InputError, exit_status
 
 
 _COMMANDS = {
     "train": "train a model by purified self-distillation",
     "diagnose": "show what a teacher's signal consists of, without training",
     "evaluate": "sample and grade models on benchmarks, or compare results",
-    "bench": "time the loss or a whole step against its peers",
+    "bench": "time the loss or a whole training step against other implementations",
     "env": "print what a bug report needs",
 }
 
 
 def launch_arguments(from_recipe: list[str], from_command_line: list[str]) -> list[str]:
     """
-    Arguments of `accelerate launch`: the command line goes before the accelerate file, the file before the recipe.
+    Arguments of `accelerate launch`: the command line takes precedence over the accelerate file, the file over the
+    recipe.
 
-    To the launcher every argument goes before its file. A recipe's `num_processes: 1` is for those who name no file,
-    so what the file sets is left out of the recipe's arguments.
+    To the launcher every argument takes precedence over its file. A recipe's `num_processes: 1` is for those who name
+    no file, so what the file sets is left out of the recipe's arguments.
 
     Args:
         from_recipe (`list[str]`):
@@ -39,6 +40,7 @@ def launch_arguments(from_recipe: list[str], from_command_line: list[str]) -> li
     Raises:
         [`InputError`]: if `--accelerate_config` is neither a file nor the name of one of TRL's.
     """
+    import yaml
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
     try:
@@ -55,46 +57,14 @@ def launch_arguments(from_recipe: list[str], from_command_line: list[str]) -> li
 
 
 def _train(argv: list[str]) -> int:
-    from trl.cli.commands.training import _subtract_subsequence
-
     from .shutdown import launch
-    from .train import check_unknown_keys, make_parser
+    from .train import make_parser
 
     # Parsed here once for `--help` and for errors before anything is launched; the script parses again for itself
-    parser = make_parser(prog="purified-opsd train")
-    *_, from_config, from_command_line = parser.parse_args_and_config(
-        argv, return_remaining_strings=True, separate_remaining_strings=True
-    )
-    check_unknown_keys(parser, from_config + from_command_line)
-    launch_args = launch_arguments(from_config, from_command_line)
-    script_args = _subtract_subsequence(argv, from_command_line)
-    # quiet: the script has said what is wrong; the launcher's own traceback would bury it
+    parsed, from_config, from_command_line = make_parser(prog="purified-opsd train").parse_known(argv)
+    use_cpu = ["--use_cpu", "true"] if parsed[1].use_cpu else []  # may be inferred, which is then said only once
     module = "purified_opsd_trl.train"
-    return launch([*launch_args, "--quiet", "-m", module, *script_args], module)
-
-
-def _diagnose(argv: list[str]) -> int:
-    from .diagnose import main as diagnose
-
-    return diagnose(argv)
-
-
-def _evaluate(argv: list[str]) -> int:
-    from .evaluate import main as evaluate
-
-    return evaluate(argv)
-
-
-def _bench(argv: list[str]) -> int:
-    from .bench import main as bench
-
-    return bench(argv)
-
-
-def _env(argv: list[str]) -> int:
-    from .env import main as env
-
-    return env(argv)
+    return launch([*launch_arguments(from_config, from_command_line), "-m", module, *argv, *use_cpu], module)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -106,22 +76,29 @@ def main(argv: Sequence[str] | None = None) -> int:
             Arguments; those of the process by default.
 
     Returns:
-        `int`: exit status; 2 for input that cannot be used.
+        `int`: exit status. 2 for what the user can fix; its line is on stderr, its traceback with `--debug`.
     """
     parser = argparse.ArgumentParser(prog="purified-opsd", description="Purified on-policy self-distillation for TRL.")
     parser.add_argument("--version", action="version", version=importlib.metadata.version("purified_opsd_trl"))
+    parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
     subparsers = parser.add_subparsers(dest="command", required=True)
     for name, text in _COMMANDS.items():
         subparsers.add_parser(name, help=text, add_help=False)
     argv = list(sys.argv[1:] if argv is None else argv)
-    command = parser.parse_known_args(argv[:1])[0].command  # a subcommand parses its own arguments
+    first = next((i for i, word in enumerate(argv) if not word.startswith("-")), len(argv))
+    args = parser.parse_args(argv[: first + 1])  # a subcommand parses its own arguments
+    rest = argv[first + 1 :]
+    # After the subcommand too; with a value it is an option of transformers
+    debug = [i for i, word in enumerate(rest) if word == "--debug" and "".join(rest[i + 1 : i + 2])[:2] in ("", "--")]
+    rest = [word for i, word in enumerate(rest) if i not in debug]
+    if args.debug or debug:
+        os.environ[DEBUG_VARIABLE] = "1"
     try:
-        return {"train": _train, "diagnose": _diagnose, "evaluate": _evaluate, "bench": _bench, "env": _env}[command](
-            argv[1:]
-        )
-    except (InputError, ImportError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        if args.command == "train":
+            return _train(rest)
+        return importlib.import_module(f".{args.command}", __package__).main(rest)
+    except Exception as error:
+        return exit_status(error)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,16 @@
 """Every knob of purified self-distillation, in one validated dataclass."""
 
+import json
+import os
 import re
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import torch
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available, logging
 from trl import DistillationConfig
 
+from .arguments import PositiveFloat, PositiveInt, Range, check_type, check_types
 from .errors import InputError
 from .kernels.settings import LossSettings
 from .markers import DEFAULT_MARKERS
@@ -24,8 +29,23 @@ REFERENCE_FIRST_TEACHER_PROMPT_TEMPLATE = (
 _PLACEHOLDER = re.compile(r"\{(question|reference)\}")
 
 
-def _choice(help_text: str, choices: tuple[str, ...]) -> dict[str, Any]:
-    return {"help": help_text, "choices": list(choices)}
+# Ranges that the inherited annotations do not state
+_INHERITED: dict[str, Any] = {
+    "per_device_train_batch_size": PositiveInt,
+    "per_device_eval_batch_size": PositiveInt,
+    "gradient_accumulation_steps": PositiveInt,
+    "learning_rate": Annotated[float, Range(0)],
+    "temperature": PositiveFloat,
+    "top_p": Annotated[float, Range(0, 1, above=True)],
+    "top_k": Annotated[int, Range(0)],
+    "repetition_penalty": PositiveFloat,
+}
+
+logger = logging.get_logger(__name__)
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -125,11 +145,15 @@ class PurifiedOPSDConfig(DistillationConfig):
 
         > Parameters that control the monitors
 
+        log_style (`str`, *optional*, defaults to `"table"`):
+            What the console shows of a logging step: `"table"` prints one line with the numbers that matter most,
+            `"dict"` prints all metrics, as transformers does. The loggers and the report receive all of them.
         decomposition_steps (`int`, *optional*, defaults to `10`):
-            Steps between two looks at the decomposition of the teacher's signal (Eq. 4); the first look is before the
-            first update. `0` switches it off. At such a step plain OPSD scores the reference-only context as well.
+            Measure the decomposition of the teacher's signal (Eq. 4) every so many steps, first before the first
+            update. `0` switches it off. At such a step plain OPSD scores the reference-only context as well.
         decomposition_max_tokens (`int`, *optional*, defaults to `1024`):
-            Most tokens looked at in such a step, over all processes; a seeded sample of the step's tokens.
+            Largest number of tokens measured in such a step, over all processes; a seeded sample of the step's
+            tokens.
         epistemic_markers (`list[str]`, *optional*):
             Words or phrases counted on the rollouts. The default is wait, maybe, perhaps, check (the paper's four),
             hmm, actually and alternatively. Whole words in any case; see `docs/monitors.md`.
@@ -147,146 +171,120 @@ class PurifiedOPSDConfig(DistillationConfig):
     > - `learning_rate`: Defaults to `5e-6` (the paper's) instead of `1e-6`.
     > - `max_completion_length`: Defaults to `1024` (the paper's) instead of `512`.
     > - `vllm_server_host`: Defaults to `"127.0.0.1"` instead of `"0.0.0.0"`.
+    >
+    > `use_cpu` is set where there is no accelerator, and a line says so.
+
+    Raises:
+        [`InputError`]: for a value of a wrong type or outside its range, also in Python. The message names the field.
     """
 
     _VALID_DICT_FIELDS = DistillationConfig._VALID_DICT_FIELDS + ["teacher_chat_template_kwargs"]
 
     # Parameters whose default values are overridden from DistillationConfig
-    learning_rate: float = field(default=5e-6, metadata={"help": "The initial learning rate for AdamW."})
-    max_completion_length: int = field(
-        default=1024, metadata={"help": "Maximum number of tokens to generate per completion."}
+    learning_rate: float = _option(5e-6, "The initial learning rate for AdamW.")
+    max_completion_length: PositiveInt = _option(1024, "Maximum number of tokens to generate per completion.")
+    beta: Annotated[float, Range(0, 1)] = _option(
+        0.5,
+        "Interpolation coefficient of the divergence: 0.0 = forward KL(target || student), 0.5 = JSD, 1.0 = reverse "
+        "KL(student || target).",
     )
-    beta: float = field(
-        default=0.5,
-        metadata={
-            "help": "Interpolation coefficient of the divergence: 0.0 = forward KL(target || student), 0.5 = JSD, "
-            "1.0 = reverse KL(student || target)."
-        },
-    )
-    vllm_server_host: str = field(default="127.0.0.1", metadata={"help": "Host of the student vLLM server."})
+    vllm_server_host: str = _option("127.0.0.1", "Host of the student vLLM server.")
 
     # Parameters that control the contexts
-    reference_column: str = field(
-        default="reference", metadata={"help": "Dataset column that holds the worked solution (string or messages)."}
+    reference_column: str = _option("reference", "Dataset column that holds the worked solution (string or messages).")
+    teacher_prompt_template: str = _option(
+        DEFAULT_TEACHER_PROMPT_TEMPLATE, "User turn of the privileged teacher, with {question} and {reference}."
     )
-    teacher_prompt_template: str = field(
-        default=DEFAULT_TEACHER_PROMPT_TEMPLATE,
-        metadata={"help": "User turn of the privileged teacher, with {question} and {reference}."},
+    reference_prompt_template: str = _option(
+        DEFAULT_REFERENCE_PROMPT_TEMPLATE,
+        "User turn of the reference-only probe, with {reference} and without {question}.",
     )
-    reference_prompt_template: str = field(
-        default=DEFAULT_REFERENCE_PROMPT_TEMPLATE,
-        metadata={"help": "User turn of the reference-only probe, with {reference} and without {question}."},
+    teacher_chat_template_kwargs: dict[str, Any] | str | None = _option(
+        None, "Chat template kwargs for teacher and reference-only probe. None: the student's."
     )
-    teacher_chat_template_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "Chat template kwargs for teacher and reference-only probe. None: the student's."},
+    max_reference_length: PositiveInt | None = _option(
+        None, "Longest reference in tokens. None: only the model's context limits it."
     )
-    max_reference_length: int | None = field(
-        default=None, metadata={"help": "Longest reference in tokens. None: only the model's context limits it."}
+    overlong_reference: Literal["error", "drop", "truncate"] = _option(
+        "error", "What to do with rows whose reference is too long."
     )
-    overlong_reference: str = field(
-        default="error",
-        metadata=_choice("What to do with rows whose reference is too long.", ("error", "drop", "truncate")),
-    )
-    invalid_rows: str = field(
-        default="error",
-        metadata=_choice("What to do with rows that cannot be used.", ("error", "drop")),
-    )
+    invalid_rows: Literal["error", "drop"] = _option("error", "What to do with rows that cannot be used.")
 
     # Parameters that control the self-teacher
-    teacher_model_kind: str = field(
-        default="base",
-        metadata=_choice(
-            "Weights of teacher, probe and anchor: the initial policy, the live student, or its moving average.",
-            ("base", "live", "ema"),
-        ),
+    teacher_model_kind: Literal["base", "live", "ema"] = _option(
+        "base", "Weights of teacher, probe and anchor: the initial policy, the live student, or its moving average."
     )
-    teacher_update_rate: float = field(
-        default=0.05,
-        metadata={"help": "ema: share of the difference to the student by which the teacher moves at each update."},
+    teacher_update_rate: Annotated[float, Range(0, 1, above=True)] = _option(
+        0.05, "ema: share of the difference to the student by which the teacher moves at each update."
     )
-    teacher_sync_steps: int = field(
-        default=1, metadata={"help": "ema: optimizer steps between updates of the teacher."}
+    teacher_sync_steps: PositiveInt = _option(1, "ema: optimizer steps between updates of the teacher.")
+    scoring_batch_size: PositiveInt | None = _option(
+        None, "Most sequences in a scoring forward. None: per_device_train_batch_size."
     )
-    scoring_batch_size: int | None = field(
-        default=None,
-        metadata={"help": "Most sequences in a scoring forward. None: per_device_train_batch_size."},
+    scoring_token_budget: PositiveInt | None = _option(
+        None, "Most tokens, padding included, in a scoring forward. None: no limit."
     )
-    scoring_token_budget: int | None = field(
-        default=None, metadata={"help": "Most tokens, padding included, in a scoring forward. None: no limit."}
+    share_reference_prefix: bool = _option(
+        True, "Run tokens that begin both the teacher's and the reference-only prompt of a row once."
     )
-    share_reference_prefix: bool = field(
-        default=True,
-        metadata={"help": "Run tokens that begin both the teacher's and the reference-only prompt of a row once."},
-    )
-    offload_scores: bool = field(
-        default=False, metadata={"help": "Keep the teacher's hidden states in host memory until the loss."}
-    )
+    offload_scores: bool = _option(False, "Keep the teacher's hidden states in host memory until the loss.")
 
     # Parameters that control the target
-    target: str = field(
-        default="purified",
-        metadata=_choice("Distil the purified target, or the privileged teacher (OPSD).", ("purified", "teacher")),
+    target: Literal["purified", "teacher"] = _option(
+        "purified", "Distil the purified target, or the privileged teacher (OPSD)."
     )
-    pmi_beta: float = field(
-        default=1.0, metadata={"help": "Strength of the base anchor; larger is closer to the base."}
+    pmi_beta: PositiveFloat = _option(1.0, "Strength of the base anchor; larger is closer to the base.")
+    pmi_clip: Annotated[float, Range(0)] | None = _option(
+        10.0, "Bound of the soft clip of the log-ratio, in nats. 0 switches it off."
     )
-    pmi_clip: float | None = field(
-        default=10.0, metadata={"help": "Bound of the soft clip of the log-ratio, in nats. 0 switches it off."}
-    )
-    pmi_center: bool = field(
-        default=True, metadata={"help": "Subtract the vocabulary mean of the log-ratio before the clip."}
-    )
+    pmi_center: bool = _option(True, "Subtract the vocabulary mean of the log-ratio before the clip.")
 
     # Parameters that control the loss
-    loss_type: str = field(
-        default="divergence",
-        metadata=_choice(
-            "Full-vocabulary divergence, or advantage of the sampled token.", ("divergence", "sampled_token")
-        ),
+    loss_type: Literal["divergence", "sampled_token"] = _option(
+        "divergence", "Full-vocabulary divergence, or advantage of the sampled token."
     )
-    kl_clip: float | None = field(
-        default=None,
-        metadata={"help": "Upper bound, in nats, of one vocabulary entry's contribution to the divergence."},
+    kl_clip: PositiveFloat | None = _option(
+        None, "Upper bound, in nats, of one vocabulary entry's contribution to the divergence."
     )
-    mask_unused_vocab: bool = field(
-        default=False,
-        metadata={"help": "Leave rows of the head beyond the tokenizer's vocabulary out of all distributions."},
+    mask_unused_vocab: bool = _option(
+        False, "Leave rows of the head beyond the tokenizer's vocabulary out of all distributions."
     )
-    loss_chunk_size: int | None = field(
-        default=None, metadata={"help": "Tokens whose logits exist at once. None: from loss_memory_budget."}
+    loss_chunk_size: PositiveInt | None = _option(
+        None, "Tokens whose logits exist at once. None: from loss_memory_budget."
     )
-    loss_memory_budget: int = field(default=512, metadata={"help": "Scratch memory of the loss in MiB."})
+    loss_memory_budget: PositiveInt = _option(512, "Scratch memory of the loss in MiB.")
 
     # Parameters that control the monitors
-    decomposition_steps: int = field(
-        default=10, metadata={"help": "Steps between two decompositions of the teacher's signal. 0 switches it off."}
+    log_style: Literal["table", "dict"] = _option(
+        "table", "Console output per logging step: one aligned line, or all metrics as transformers prints them."
     )
-    decomposition_max_tokens: int = field(
-        default=1024, metadata={"help": "Most tokens decomposed in such a step, over all processes."}
+    decomposition_steps: Annotated[int, Range(0)] = _option(
+        10, "Decompose the teacher's signal every so many steps. 0 switches it off."
     )
+    decomposition_max_tokens: PositiveInt = _option(1024, "Most tokens decomposed in such a step, over all processes.")
     epistemic_markers: list[str] = field(
         default_factory=lambda: list(DEFAULT_MARKERS),
         metadata={"help": "Words or phrases counted on the rollouts: whole words, in any case."},
     )
-    epistemic_guard: str = field(
-        default="warn",
-        metadata=_choice("What to do when a marker's rate leaves its band.", ("warn", "stop", "ignore")),
+    epistemic_guard: Literal["warn", "stop", "ignore"] = _option(
+        "warn", "What to do when a marker's rate leaves its band."
     )
-    epistemic_band: float = field(
-        default=2.0, metadata={"help": "Factor by which a marker's rate may fall or rise from its baseline."}
+    epistemic_band: Annotated[float, Range(1, above=True)] = _option(
+        2.0, "Factor by which a marker's rate may fall or rise from its baseline."
     )
-    epistemic_window: int = field(
-        default=10, metadata={"help": "Steps over which the present rate of a marker is taken."}
-    )
+    epistemic_window: PositiveInt = _option(10, "Steps over which the present rate of a marker is taken.")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.pmi_clip == 0.0:
-            self.pmi_clip = None  # YAML and the command line cannot say `None` for a float
-        self._check_choices()
+        # Before the inherited checks, which convert some values and stumble over others. Skipped are two fields that
+        # admit more than their annotation says: an object, and the None of argparse
+        check_types(self, skip=("accelerator_config", "debug"), hints=_INHERITED)
+        self._check_json()
         self._check_templates()
-        self._check_numbers()
+        self._check_combinations()
+        self._infer_device()
+        super().__post_init__()
+        if self.pmi_clip == 0:
+            self.pmi_clip = None
         self.loss_settings  # noqa: B018  # validates its fields
 
     @property
@@ -294,12 +292,17 @@ class PurifiedOPSDConfig(DistillationConfig):
         """The fields that the loss reads, validated, as it reads them."""
         return LossSettings(**{field.name: getattr(self, field.name) for field in fields(LossSettings)})
 
-    def _check_choices(self) -> None:
-        # argparse checks `choices` on the command line only; Python and YAML values arrive here unchecked
-        for name in ("overlong_reference", "invalid_rows", "teacher_model_kind", "epistemic_guard"):
-            choices, value = self.__dataclass_fields__[name].metadata["choices"], getattr(self, name)
-            if value not in choices:
-                raise InputError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
+    def _check_json(self) -> None:
+        """Mappings may be given as JSON; some of the inherited ones also as the path of a file."""
+        for name in self._VALID_DICT_FIELDS:
+            value = getattr(self, name)
+            if isinstance(value, str) and (value.startswith("{") or name == "teacher_chat_template_kwargs"):
+                try:
+                    check_type(name, json.loads(value), dict)
+                except json.JSONDecodeError as error:
+                    raise InputError(
+                        f"`{name}` must be a mapping, or one as JSON: {value!r} is not: {error}."
+                    ) from None
 
     def _check_templates(self) -> None:
         if self.reference_column == "prompt":
@@ -307,10 +310,7 @@ class PurifiedOPSDConfig(DistillationConfig):
                 "`reference_column` cannot be `prompt`, which holds the question. Rename the columns, or on the "
                 "command line name them with `dataset_prompt_column` and `dataset_reference_column`."
             )
-        expected = {
-            "teacher_prompt_template": {"question", "reference"},
-            "reference_prompt_template": {"reference"},
-        }
+        expected = {"teacher_prompt_template": {"question", "reference"}, "reference_prompt_template": {"reference"}}
         for name, placeholders in expected.items():
             found = set(_PLACEHOLDER.findall(getattr(self, name)))
             if found != placeholders:
@@ -318,38 +318,29 @@ class PurifiedOPSDConfig(DistillationConfig):
                 got = " and ".join(f"{{{p}}}" for p in sorted(found)) or "none"
                 raise InputError(f"`{name}` must hold the placeholders {wanted} and no other, but it holds {got}.")
 
-    def _check_numbers(self) -> None:
-        if self.max_completion_length is None:
-            raise InputError(
-                "`max_completion_length` must be set: the references are checked against the room it leaves."
-            )
-        for name in (
-            "max_reference_length",
-            "scoring_batch_size",
-            "scoring_token_budget",
-            "max_completion_length",
-        ):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise InputError(f"`{name}` must be positive, got {value}.")
-        for name in ("decomposition_max_tokens", "epistemic_window"):
-            if getattr(self, name) < 1:
-                raise InputError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        if self.decomposition_steps < 0:
-            raise InputError(f"`decomposition_steps` must not be negative (0 is off), got {self.decomposition_steps}.")
-        if not self.epistemic_band > 1.0:
-            raise InputError(f"`epistemic_band` is a factor above 1, got {self.epistemic_band}.")
+    def _check_combinations(self) -> None:
+        if not self.reference_column.strip():
+            raise InputError("`reference_column` must be the name of a column, got an empty one.")
         if not self.epistemic_markers or not all(marker.strip() for marker in self.epistemic_markers):
             raise InputError("`epistemic_markers` must list at least one word, and no empty ones.")
-        if not 0.0 < self.teacher_update_rate <= 1.0:
-            raise InputError(
-                f"`teacher_update_rate` must be above 0 and at most 1, got {self.teacher_update_rate}. For a teacher "
-                "that never moves set `teacher_model_kind: base`."
-            )
-        if self.teacher_sync_steps < 1:
-            raise InputError(f"`teacher_sync_steps` must be at least 1, got {self.teacher_sync_steps}.")
         if self.teacher_model_kind != "base" and self.teacher_model_name_or_path is not None:
             raise InputError(
                 f"`teacher_model_kind: {self.teacher_model_kind}` makes the student its own teacher and cannot be "
                 "combined with `teacher_model_name_or_path`. Remove one of the two keys."
+            )
+
+    def _infer_device(self) -> None:
+        """Sets `use_cpu` where there is nothing else; refuses bf16 on a device without it."""
+        if self.use_cpu or is_torch_xla_available():
+            return
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                logger.warning("There is no accelerator: training runs on the CPU (`use_cpu: true`).")
+        elif (self.bf16_full_eval or self.bf16 or (self.bf16 is None and not self.fp16)) and (
+            not is_torch_bf16_gpu_available()
+        ):
+            raise InputError(
+                "`bf16` is the default, but this device does not support it. Set `bf16: false`, or `fp16: true` as "
+                "well for half precision."
             )

@@ -1,6 +1,25 @@
-"""Optional dependencies: an error that names the extra to install."""
+"""Optional dependencies: an error that names the extra to install, and silence about those that nobody asked for."""
 
 import importlib.util
+import logging
+
+
+# Logger -> beginning of a line that concerns nobody: a kernel that is not part of bitsandbytes' own requirements, and
+# defaults of `accelerate launch` that are right for a machine without a file of its own
+_NOISE = {
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward from kernels-community",
+    "accelerate.commands.launch": "The following values were not passed to `accelerate launch`",
+}
+
+
+def quiet_start() -> None:
+    """Drops two log lines of other packages (`_NOISE`); everything else that they log stays."""
+    for name in _NOISE:
+        logging.getLogger(name).addFilter(_is_worth_reading)
+
+
+def _is_worth_reading(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(_NOISE[record.name])
 
 
 def require_extra(extra: str, wanted_by: str, module: str | None = None) -> None:

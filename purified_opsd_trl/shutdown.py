@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -82,12 +83,21 @@ class GracefulStop(TrainerCallback):
 def _launch(arguments: list[str]) -> None:
     """In a process of its own: outside the terminal's process group, so that every signal arrives once."""
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     os.setsid()
     for number in _SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    launch_command(launch_command_parser().parse_args(arguments))
+    try:
+        launch_command(launch_command_parser().parse_args(arguments))
+    except subprocess.CalledProcessError as error:
+        code = error.returncode
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+    else:
+        return
+    sys.exit(code if code > 0 else 128 - code)
 
 
 def launch(arguments: Sequence[str], module: str) -> int:

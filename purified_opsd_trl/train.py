@@ -10,22 +10,39 @@ purified-opsd train \
 ```
 """
 
-import difflib
 import os
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate.commands.launch import launch_command_parser
-from trl import DatasetMixtureConfig, ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from transformers.utils import cached_file, logging
+from trl import DatasetMixtureConfig, ModelConfig, get_peft_config, get_quantization_config
 
+from .arguments import CommandParser
 from .checkpoints import find_checkpoint, is_complete
 from .config import PurifiedOPSDConfig
-from .errors import InputError
+from .errors import InputError, exit_status, one_line
 from .extras import require_extra
 from .loading import PurifiedOPSDScriptArguments, load_splits, map_columns, pick_split
-from .trainer import PurifiedOPSDTrainer
+
+
+if TYPE_CHECKING:
+    from .trainer import PurifiedOPSDTrainer
+
+logger = logging.get_logger(__name__)
+
+RENAMED = {
+    "model": "model_name_or_path",
+    "dataset": "dataset_name",
+    "prompt_column": "dataset_prompt_column",
+    "max_new_tokens": "max_completion_length",
+    "markers": "epistemic_markers",
+}
+_WANDB_TIMEOUT = 5  # seconds
 
 
 def check_checkpoint(training_args: PurifiedOPSDConfig) -> str | bool | None:
@@ -50,6 +67,42 @@ def check_checkpoint(training_args: PurifiedOPSDConfig) -> str | bool | None:
     return value
 
 
+def _check_folders(name: str, revision: str | None, folder: str) -> None:
+    """Checks that the model is there and that the output directory can be written, before anything is loaded."""
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local and not os.path.isdir(os.path.expanduser(name)):
+        raise InputError(f"`model_name_or_path`: there is no folder {name} (looked in {os.getcwd()}).")
+    try:
+        cached_file(name, "config.json", revision=revision)
+    except OSError as error:
+        raise InputError(f"`model_name_or_path`: {name} cannot be loaded: {one_line(error)}") from error
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"`output_dir`: {folder} cannot be created: {error.strerror}.") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"`output_dir`: {folder} cannot be written to.")
+
+
+def keep_wandb_offline() -> None:
+    """Keeps the run of wandb on this disk where its server cannot be reached, instead of waiting and failing."""
+    if os.environ.get("WANDB_MODE", "online") not in ("online", "shared") or "WANDB_DISABLED" in os.environ:
+        return
+    url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    try:
+        urllib.request.urlopen(url, timeout=_WANDB_TIMEOUT).close()
+    except urllib.error.HTTPError:
+        pass  # an answer, whatever it says
+    except OSError as error:
+        os.environ["WANDB_MODE"] = "offline"
+        if os.environ.get("RANK", "0") == "0":
+            reason = getattr(error, "reason", error)
+            logger.warning(
+                f"wandb: {url} cannot be reached ({reason}). The run is kept offline in "
+                f"{os.environ.get('WANDB_DIR', 'wandb')}/; upload it with `wandb sync`."
+            )
+
+
 def _check_extras(training_args: PurifiedOPSDConfig, model_args: ModelConfig) -> None:
     if model_args.use_peft:
         require_extra("peft", "`use_peft`")
@@ -66,7 +119,7 @@ def main(
     training_args: PurifiedOPSDConfig,
     model_args: ModelConfig,
     dataset_args: DatasetMixtureConfig,
-) -> PurifiedOPSDTrainer:
+) -> "PurifiedOPSDTrainer":
     """
     Trains as the four dataclasses say, saves the model and its card.
 
@@ -87,9 +140,16 @@ def main(
         `InputError`: if a setting or the data cannot be used.
         `ImportError`: if a setting needs an extra that is not installed.
     """
-    if model_args.model_name_or_path is None:
+    from .trainer import PurifiedOPSDTrainer  # not needed for `--help`
+
+    name = model_args.model_name_or_path
+    if name is None:
         raise InputError("No model is named. Set `model_name_or_path` to a folder or a hub id.")
+    assert training_args.output_dir is not None  # the config sets it
+    _check_folders(name, model_args.model_revision, training_args.output_dir)
     _check_extras(training_args, model_args)
+    if "wandb" in (training_args.report_to or []):
+        keep_wandb_offline()
     checkpoint = check_checkpoint(training_args)
     if script_args.mapped_reference_column is not None:
         training_args.reference_column = script_args.mapped_reference_column
@@ -108,7 +168,7 @@ def main(
         **(training_args.model_init_kwargs or {}),  # type: ignore[dict-item]  # parsed to a dict by the config
     }
     trainer = PurifiedOPSDTrainer(
-        model=model_args.model_name_or_path,
+        model=name,
         args=training_args,
         train_dataset=map_columns(train_dataset, script_args),
         eval_dataset=eval_dataset,
@@ -117,7 +177,6 @@ def main(
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(training_args.output_dir)
-    assert training_args.output_dir is not None
     on_hub = script_args.dataset_name if not os.path.exists(script_args.dataset_name or "") else None
     trainer.create_model_card(model_name=Path(training_args.output_dir).name, dataset_name=on_hub)
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}")
@@ -126,49 +185,30 @@ def main(
     return trainer
 
 
-def make_parser(prog: str | None = None) -> TrlParser:
-    """Parser over script, training, model and mixture arguments, in TRL's convention."""
+def make_parser(prog: str | None = None) -> CommandParser:
+    """Parser over script, training, model and mixture arguments; options of `accelerate launch` are left over."""
     types: Any = (PurifiedOPSDScriptArguments, PurifiedOPSDConfig, ModelConfig, DatasetMixtureConfig)
-    return TrlParser(types, prog=prog)
-
-
-def check_unknown_keys(parser: TrlParser, remaining: Sequence[str]) -> None:
-    """
-    Checks that what the parser did not take is meant for `accelerate launch`.
-
-    Args:
-        parser ([`~trl.TrlParser`]):
-            The script's parser.
-        remaining (`Sequence[str]`):
-            Strings it left over, from the YAML file and the command line.
-
-    Raises:
-        `InputError`: for a key that neither knows; the message suggests the nearest one.
-    """
-    ours = {option for action in parser._actions for option in action.option_strings}
-    accelerates = {option for action in launch_command_parser()._actions for option in action.option_strings}
-    for key in (item.split("=")[0] for item in remaining if item.startswith("--")):
-        if key not in accelerates and key != "--accelerate_config":
-            near = difflib.get_close_matches(key, ours, n=1)
-            hint = f" Did you mean `{near[0].removeprefix('--')}`?" if near else ""
-            raise InputError(f"Unknown key `{key.removeprefix('--')}`, in the YAML file or on the command line.{hint}")
+    launcher = {option for action in launch_command_parser()._actions for option in action.option_strings}
+    names = {option.removeprefix("--").replace("-", "_") for option in launcher if option.startswith("--")}
+    return CommandParser(types, prog=prog, renamed=RENAMED, other={*names, "accelerate_config"})
 
 
 def run(argv: Sequence[str] | None = None) -> None:
     """
-    Entry point of the script: parses, trains, and prints errors of the user's making as one line.
+    Entry point of the script: parses and trains. Errors that a user can fix are printed as one line.
 
     Args:
         argv (`Sequence[str]`, *optional*):
             Arguments; those of the process by default.
+
+    Raises:
+        `SystemExit`: with status 2, for such an error.
     """
     try:
-        parser = make_parser()
-        *parsed, remaining = parser.parse_args_and_config(argv, return_remaining_strings=True)
-        check_unknown_keys(parser, remaining)
+        parsed, _, _ = make_parser().parse_known(sys.argv[1:] if argv is None else argv)
         main(*parsed)
-    except (InputError, ImportError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    except Exception as error:
+        sys.exit(exit_status(error))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from .extras import require_extra
 from .head import LMHead
 from .loss import FrozenStates, required_states, token_loss
 from .markers import MarkerCounter, TokenClassifier
+from .monitoring.console import console_callbacks
 from .monitoring.decomposition import DecompositionMonitor
 from .monitoring.epistemic import EpistemicMonitor
 from .monitoring.metrics import TokenMeans, clock, loss_sums, reduce_loss_sums, scoring_metrics
@@ -318,6 +319,8 @@ class PurifiedOPSDTrainer(ReliableTrainer, DistillationTrainer):
             EpistemicMonitor(args.epistemic_markers, args.epistemic_guard, args.epistemic_band, args.epistemic_window)
         )
         self.add_callback(ReportCallback())
+        if args.log_style == "table":
+            console_callbacks(self)
 
     def _observe(self, rows: list[dict[str, Any]], output: dict[str, Any], mode: str) -> None:
         """Shows the rollouts to the monitors: what the student wrote, without tool results."""

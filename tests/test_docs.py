@@ -21,7 +21,7 @@ from trl.trainer.base_config import _BaseConfig
 
 from purified_opsd_trl import PurifiedOPSDConfig, diagnose, evaluate
 from purified_opsd_trl.loading import PurifiedOPSDScriptArguments
-from purified_opsd_trl.train import check_unknown_keys, make_parser
+from purified_opsd_trl.train import make_parser
 
 from .conftest import read_rows
 
@@ -110,9 +110,7 @@ def _commands() -> list[Any]:
 
 
 def _train(words: list[str]) -> None:
-    parser = make_parser()
-    *_, remaining = parser.parse_args_and_config(words, return_remaining_strings=True)
-    check_unknown_keys(parser, remaining)
+    make_parser().parse_known(words)
 
 
 def _purified_opsd(words: list[str]) -> None:

@@ -1,23 +1,29 @@
 """The training script and the command line."""
 
+import http.server
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from datasets import Dataset
 from trl import DatasetMixtureConfig
 
 from purified_opsd_trl import InputError, cli
 from purified_opsd_trl.loading import PurifiedOPSDScriptArguments, load_splits, map_columns, pick_split
-from purified_opsd_trl.train import check_checkpoint, check_unknown_keys, main, make_parser, run
+from purified_opsd_trl.train import check_checkpoint, keep_wandb_offline, main, make_parser, run
+
+from .conftest import free_port
 
 
 ROOT = Path(__file__).parent.parent
@@ -66,16 +72,12 @@ def recipe(keys: dict[str, Any], tmp_path: Path) -> Callable[..., list[str]]:
 
 
 def parse(argv: list[str]) -> tuple[Any, ...]:
-    return make_parser().parse_args_and_config(argv)
+    return make_parser().parse_known(argv)[0]
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/*/**/config_*.yaml")), ids=lambda p: p.parent.name)
 def test_every_recipe_parses(path: Path) -> None:
-    parser = make_parser()
-    argv = ["--config", str(path), "--use_cpu", "True"]  # bf16 is refused where there is neither a GPU nor this
-    *parsed, remaining = parser.parse_args_and_config(argv, return_remaining_strings=True)
-    check_unknown_keys(parser, remaining)
-    script_args, training_args, model_args, _ = parsed
+    script_args, training_args, model_args, _ = parse(["--config", str(path)])
     assert script_args.dataset_name and model_args.model_name_or_path and training_args.output_dir
 
 
@@ -89,12 +91,16 @@ def test_training_from_the_shell_and_resuming(recipe: Callable[..., list[str]], 
     # `purified-opsd train` -> accelerate launch -> the script, each in its own process, as a user runs it
     command = [sys.executable, "-m", "purified_opsd_trl.cli", "train"]
     first = subprocess.run(
-        [*command, *recipe(save_steps=1, num_processes=1, mixed_precision="no"), "--max_steps", "1", "--use_peft"],
+        [*command, *recipe(save_steps=1, use_cpu=None), "--max_steps", "1", "--use_peft"],
         capture_output=True,
         text=True,
         cwd=ROOT,
     )
     assert first.returncode == 0, first.stderr
+    assert "had defaults used instead" not in first.stderr and "gemm_4bit_forward" not in first.stderr
+    if not torch.accelerator.is_available():
+        assert first.stderr.count("There is no accelerator: training runs on the CPU (`use_cpu: true`).") == 1
+    assert max(map(len, first.stdout.splitlines())) <= 160
     out = tmp_path / "out"
     assert (out / "adapter_model.safetensors").is_file()
     assert "2607.02234" in (out / "README.md").read_text()
@@ -171,16 +177,33 @@ def test_messages_stay_as_they_are(conversational_dataset: Dataset) -> None:
 # Bad input -----------------------------------------------------------------------------------------------------------
 
 
+def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that the script prints before it exits with status 2."""
+    with pytest.raises(SystemExit) as stopped:
+        run(argv)
+    assert stopped.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pmi_betta": 1.0}, r"Unknown key `pmi_betta`.* Did you mean `pmi_beta`\?"),
+        ({"pmi_betta": 1.0}, r"no option `pmi_betta`.* Did you mean `pmi_beta`\?"),
+        ({"model": "m"}, "`model` is now called `model_name_or_path`"),
+        ({"model_name_or_path": "./nowhere"}, "`model_name_or_path`: there is no folder ./nowhere"),
+        (
+            {"model_name_or_path": "no/where"},
+            "`model_name_or_path`: no/where cannot be loaded: ",
+        ),  # on the hub, which is not to be asked
+        ({"output_dir": "/dev/null/run"}, "`output_dir`: /dev/null/run cannot be created: Not a directory"),
         ({"dataset_prompt_column": "question"}, "no column `question`; its columns are `problem`, `solution`"),
         ({"dataset_reference_column": "answer"}, "no column `answer`; its columns are .*`solution`"),
         ({"dataset_name": "nowhere.jsonl"}, r"no file nowhere\.jsonl"),
         ({"dataset_name": None}, "No dataset is named"),
         ({"model_name_or_path": None}, "No model is named"),
-        ({"target": "pmi"}, "`target` must be .purified. or .teacher."),
+        ({"target": "pmi"}, "`target` must be one of .purified., .teacher., got .pmi.\\."),
         ({"resume_from_checkpoint": "true"}, "holds no checkpoint"),
         ({"resume_from_checkpoint": "nowhere"}, "no folder nowhere"),
         ({"max_completion_length": 5000}, "leaves no room for a prompt"),
@@ -188,19 +211,17 @@ def test_messages_stay_as_they_are(conversational_dataset: Dataset) -> None:
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_each_mistake_is_one_clear_message(
-    recipe: Callable[..., list[str]], changes: dict[str, Any], message: str
+    recipe: Callable[..., list[str]], capsys: pytest.CaptureFixture[str], changes: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(SystemExit, match=message) as exit_info:
-        run(recipe(**changes))
-    said = str(exit_info.value.code)
-    assert said.startswith("error: ") and len(said.splitlines()) == 1
+    assert re.search(message, refused(recipe(**changes), capsys))
 
 
-def test_an_empty_reference_names_the_row(recipe: Callable[..., list[str]], data_file: Path) -> None:
+def test_an_empty_reference_names_the_row(
+    recipe: Callable[..., list[str]], data_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = [*ROWS[:5], {**ROWS[5], "solution": ""}]
     data_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(SystemExit, match="train_dataset, row 5, column `solution`: the reference is empty"):
-        run(recipe())
+    assert "train_dataset, row 5, column `solution`: the reference is empty" in refused(recipe(), capsys)
 
 
 def test_a_mistake_exits_with_a_status_and_without_a_traceback(recipe: Callable[..., list[str]]) -> None:
@@ -211,7 +232,7 @@ def test_a_mistake_exits_with_a_status_and_without_a_traceback(recipe: Callable[
         cwd=ROOT,
         env={**os.environ, "TRANSFORMERS_VERBOSITY": "error"},
     )
-    assert result.returncode != 0
+    assert result.returncode == 2
     assert "Traceback" not in result.stderr
     assert result.stderr.strip().splitlines()[-1].startswith("error: train_dataset has no column `answer`")
 
@@ -235,12 +256,17 @@ def test_a_system_prompt_without_effect_is_refused(conversational_dataset: Datas
     ],
 )
 def test_a_missing_extra_is_named(
-    recipe: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, setting: str, extra: str, module: str
+    recipe: Callable[..., list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    setting: str,
+    extra: str,
+    module: str,
 ) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *args: None if name == module else find(name, *args))
-    with pytest.raises(SystemExit, match=rf'`{setting}`.* needs .*pip install "purified-opsd-trl\[{extra}\]"'):
-        run([*recipe(), f"--{setting}"])
+    said = refused([*recipe(), f"--{setting}"], capsys)
+    assert re.search(rf'`{setting}`.* needs .*pip install "purified-opsd-trl\[{extra}\]"', said)
 
 
 def test_resuming_is_off_by_default(recipe: Callable[..., list[str]]) -> None:
@@ -252,4 +278,48 @@ def test_the_command_reports_mistakes_before_anything_is_launched(
     recipe: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["train", *recipe(), "--pmi_betta", "1"]) == 2
-    assert capsys.readouterr().err.startswith("error: Unknown key `pmi_betta`")
+    assert capsys.readouterr().err.startswith("error: There is no option `pmi_betta`")
+
+
+def test_a_word_that_belongs_to_no_option(recipe: Callable[..., list[str]]) -> None:
+    with pytest.raises(InputError, match="`two` belongs to no option"):
+        make_parser().parse_known([*recipe(), "--num_machines", "1", "two"])
+    _, _, left = make_parser().parse_known([*recipe(), "--num_machines", "1"])
+    assert left == ["--num_machines", "1"]
+
+
+# wandb ---------------------------------------------------------------------------------------------------------------
+
+
+class _Refuses(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_error(401)
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+def test_a_server_of_wandb_that_answers_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = http.server.HTTPServer(("127.0.0.1", 0), _Refuses)
+    threading.Thread(target=server.handle_request, daemon=True).start()
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+    keep_wandb_offline()
+    assert "WANDB_MODE" not in os.environ
+    server.server_close()
+
+
+def test_training_goes_on_without_the_server_of_wandb(
+    recipe: Callable[..., list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    trainer = main(*parse(recipe(report_to="wandb", max_steps=1, save_strategy="no")))
+    assert trainer.state.global_step == 1
+    assert "cannot be reached" in caplog.text and "`wandb sync`" in caplog.text
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))

@@ -146,7 +146,7 @@ class Bench:
 
         config = PurifiedOPSDConfig(
             **self.arguments(target),
-            target=target,
+            target=target,  # type: ignore[arg-type]  # one of two, which the config checks
             teacher_prompt_template="{question} {reference}",
             reference_prompt_template="{reference}",
             loss_memory_budget=self.args.memory_budget,

@@ -9,16 +9,17 @@ benchmarks -> prompts -> backends -> answers -> store -> summary -> compare
 from collections.abc import Sequence
 
 from .arguments import EvaluateArguments, make_parser, parse
-from .compare import run_compare
-from .run import evaluate
 
 
-__all__ = ["EvaluateArguments", "evaluate", "main", "make_parser", "run_compare"]
+__all__ = ["EvaluateArguments", "main", "make_parser"]
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs `purified-opsd evaluate` with the arguments after the subcommand; returns the exit status."""
     args = parse(argv)
+    from .compare import run_compare  # after the parser: `--help` does not wait for torch
+    from .run import evaluate
+
     if args.compare:
         run_compare(args.compare, args.output_dir)
     else:

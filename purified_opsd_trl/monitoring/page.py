@@ -107,7 +107,7 @@ def table(rows: Sequence[Sequence[Any]], header: Sequence[str], caption: str = "
 
 
 def number(value: float) -> str:
-    """Four significant digits; whole numbers as they are."""
+    """Four significant digits; integers as they are."""
     if isinstance(value, int):
         return str(value)
     return f"{value:.4g}" if math.isfinite(value) else str(value)
