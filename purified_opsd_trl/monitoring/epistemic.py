@@ -142,9 +142,9 @@ class RateGuard:
         change = "has collapsed" if side == "below" else "has exploded"
         limit = before / self.band if side == "below" else before * self.band
         return (
-            f"`{name}` {change}: {now:.3g} per 1,000 tokens over the last {len(self.recent)} steps, {before:.3g} before "
-            f"training (limit {limit:.3g}). The student's reasoning style is changing; read the completions and "
-            "purification/mass_cos_total_ref. `epistemic_guard` and `epistemic_band` configure this alarm."
+            f"`{name}` {change}: {now:.3g} per 1,000 tokens over the last {len(self.recent)} steps, {before:.3g} "
+            f"before training (limit {limit:.3g}). The student's reasoning style is changing; read the completions "
+            "and purification/mass_cos_total_ref. `epistemic_guard` and `epistemic_band` configure this alarm."
         )
 
     def state(self) -> dict[str, Any]:

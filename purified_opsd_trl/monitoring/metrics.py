@@ -77,7 +77,7 @@ def clock(device: torch.device) -> float:
 def reduce_loss_sums(
     sums: Mapping[str, torch.Tensor], accelerator: "Accelerator"
 ) -> tuple[dict[str, tuple[float, float]], float]:
-    """Adds `loss_sums` up over all processes: sum and number of tokens by metric name, and their mean time in seconds."""
+    """Adds `loss_sums` up over all processes: sum and number of tokens by name, and their mean time in seconds."""
     names = list(sums)
     # fp32: some accelerators have no fp64
     totals = accelerator.reduce(torch.stack([sums[name].float() for name in names]), "sum").tolist()
