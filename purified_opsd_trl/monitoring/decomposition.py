@@ -68,6 +68,26 @@ RATIOS: dict[str, tuple[str, str | None]] = {
 }
 MEDIANS = {"median_norm_ratio_ref": "norm_ratio_ref", "mass_median_norm_ratio_ref": "mass_norm_ratio_ref"}
 SUMMARIES = (*RATIOS, *MEDIANS)
+_PLAIN_NAMES = {
+    "cos_total_ref": "cos(total, ref)",
+    "cos_total_it": "cos(total, it)",
+    "norm_ratio_ref": "|ref| / |total|",
+    "median_norm_ratio_ref": "median of |ref| / |total|",
+}
+NAMES = {  # for people
+    **_PLAIN_NAMES,
+    **{f"mass_{name}": f"{text}, weighted" for name, text in _PLAIN_NAMES.items()},
+    "paper_norm_ratio_ref": "mean of |ref| / |total| (the paper's)",
+}
+
+
+def summaries(columns: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """`SUMMARIES` over some tokens, from each of `STATISTICS` `[n]`; a ratio to zero is 0."""
+    ones = torch.ones_like(columns["norm_total"])
+    sums = {None: ones.sum(), **{name: values.sum() for name, values in columns.items()}}
+    ratios = {name: _ratio(sums[above], sums[below]).item() for name, (above, below) in RATIOS.items()}
+    return {**ratios, **{name: columns[of].quantile(0.5).item() for name, of in MEDIANS.items()}}
+
 
 # Names of the share of the signal that points along the reference, by the least weighted cos(total, ref)
 MOSTLY, PARTLY = 0.8, 0.4
