@@ -25,6 +25,7 @@ from .config import PurifiedOPSDConfig
 from .errors import InputError
 from .extras import require_extra
 from .loading import PurifiedOPSDScriptArguments, load_splits, map_columns, pick_split
+from .monitoring.report import ReportCallback
 from .trainer import PurifiedOPSDTrainer
 
 
@@ -115,6 +116,9 @@ def main(
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, ReportCallback):
+            callback.dataset = script_args.dataset_name
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(training_args.output_dir)
     assert training_args.output_dir is not None

@@ -84,7 +84,8 @@ NAMES = {  # for people
 def summaries(columns: Mapping[str, torch.Tensor]) -> dict[str, float]:
     """`SUMMARIES` over some tokens, from each of `STATISTICS` `[n]`; a ratio to zero is 0."""
     ones = torch.ones_like(columns["norm_total"])
-    sums = {None: ones.sum(), **{name: values.sum() for name, values in columns.items()}}
+    sums: dict[str | None, torch.Tensor] = {name: values.sum() for name, values in columns.items()}
+    sums[None] = ones.sum()
     ratios = {name: _ratio(sums[above], sums[below]).item() for name, (above, below) in RATIOS.items()}
     return {**ratios, **{name: columns[of].quantile(0.5).item() for name, of in MEDIANS.items()}}
 

@@ -36,31 +36,14 @@ def page(title: str, subtitle: str, body: str, *, style: str = "", script: str =
     text = "" if data is None else json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", LESS)
     holder = f'<script type="application/json" id="data">{text}</script>' if text else ""
     code = f"<script>{script}</script>" if script else ""
-    document = f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; \
-script-src 'unsafe-inline'; img-src data:">
-<link rel="icon" href="data:,">
-<title>{html.escape(title)}</title>
-<style>
-{template("page.css")}{style}</style>
-</head>
-<body>
-<header>
-<h1>{html.escape(title)}</h1>
-<p class="muted">{html.escape(subtitle)}</p>
-</header>
-<main>
-{body}
-</main>
-{holder}
-{code}
-</body>
-</html>
-"""
+    parts = {
+        "title": html.escape(title),
+        "subtitle": html.escape(subtitle),
+        "style": template("page.css") + style,
+        "body": body,
+        "scripts": holder + code,
+    }
+    document = re.sub(r"\{(\w+)\}", lambda match: parts[match[1]], template("page.html"))
     return _NO_HTML.sub("\ufffd", document)
 
 
