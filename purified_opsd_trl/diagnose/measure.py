@@ -138,13 +138,11 @@ class Meter:
 
     def _states(self, contexts: Contexts, completion: list[int]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         temperature = self.args.temperature
-        prompts = {
-            "student": contexts.question,
-            "teacher": contexts.teacher,
-            "reference_only": contexts.reference_only,
-            "base": contexts.question,
+        prompts = (contexts.question, contexts.teacher, contexts.reference_only, contexts.question)
+        ids = {
+            name: _ids(self.models.tokenizer, prompt, self.args)
+            for name, prompt in zip(DISTRIBUTIONS, prompts, strict=True)
         }
-        ids = {name: _ids(self.models.tokenizer, prompt, self.args) for name, prompt in prompts.items()}
         states, heads = {}, {}
         with self.models.trained() as model:
             states["student"] = _hidden(model, ids["student"], completion)
@@ -159,15 +157,11 @@ class Meter:
     def _alternatives(self, log_probs: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
         """Per token, by distribution: the most likely pieces with their probabilities."""
         tops = {name: values.topk(self.args.alternatives) for name, values in log_probs.items()}
-        count = len(next(iter(log_probs.values())))
+        pieces = {name: [self.classifier.pieces(row) for row in top.indices.tolist()] for name, top in tops.items()}
+        shares = {name: [_rounded(row.exp()) for row in top.values] for name, top in tops.items()}
+        count = len(log_probs["student"])
         return [
-            {
-                name: list(
-                    zip(self.classifier.pieces(top.indices[i].tolist()), _rounded(top.values[i].exp()), strict=True)
-                )
-                for name, top in tops.items()
-            }
-            for i in range(count)
+            {name: list(zip(pieces[name][i], shares[name][i], strict=True)) for name in tops} for i in range(count)
         ]
 
 
@@ -182,10 +176,7 @@ def _rounded(values: torch.Tensor) -> list[float]:
 def _text(prompt: Any) -> str:
     if isinstance(prompt, str):
         return prompt
-    return "\n\n".join(
-        f"{turn['role']}: {turn['content'] if isinstance(turn['content'], str) else turn['content']}"
-        for turn in prompt
-    )
+    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
 
 
 def summarize(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:

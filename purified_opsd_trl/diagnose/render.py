@@ -1,7 +1,8 @@
 """A diagnosis as a page and as a few printed lines."""
 
 import html
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Sequence
 from typing import Any
 
 from ..markers import TOKEN_CLASSES
@@ -46,52 +47,25 @@ def print_verdict(student: dict[str, Any]) -> None:
 
 def _charts(students: Sequence[dict[str, Any]]) -> str:
     """Charts along the checkpoints where there are several, and along the completion of the last student."""
-
-    def along_steps(value: Callable[[dict[str, Any]], float]) -> list[tuple[float, float | None]]:
-        return sorted((s["step"], value(s["summary"])) for s in students)
-
-    def statistics(*names: str) -> Series:
-        both = [kind + name for name in names for kind in ("", "mass_")]
-        return {NAMES[n]: along_steps(lambda s, n=n: s["groups"]["all"][n]) for n in both}  # type: ignore[misc]
-
-    drawn: list[str] = []
-    steps = [s["step"] for s in students]
-    if len(set(steps)) == len(steps) > 1:
-        markers = students[0]["summary"]["markers_per_1k"]
-        per_marker = {m: along_steps(lambda s, m=m: s["markers_per_1k"][m]) for m in markers}  # type: ignore[misc]
-        lengths = {"mean": along_steps(lambda s: s["mean_length"])}
-        for title, text, series in (
-            (
-                "How much of the signal the reference alone induces",
-                "Near 1: the teacher's signal points along what the reference alone induces.",
-                statistics("cos_total_ref", "cos_total_it"),
-            ),
-            (
-                "Size of the reference-induced part",
-                "Above 1: it is larger than the whole signal, so the transferable part points against it.",
-                statistics("norm_ratio_ref", "median_norm_ratio_ref"),
-            ),
-            ("Epistemic markers per 1,000 tokens", "A fall means that the student reflects less.", per_marker),
-            ("Completion length in tokens", "A fall together with the markers is the collapse.", lengths),
-        ):
-            drawn.append(line_chart(title, series, description=text))
-    last = students[-1]["summary"]["along_completion"]
-    places = [((i + 0.5) / len(last), part) for i, part in enumerate(last) if part["tokens"]]
-    for title, text, names in (
-        (
-            "Where in the completion the reference dominates",
-            "Cosine of the signal with its two parts, from the start of the completion (0) to its end (1).",
-            {name: NAMES[name] for name in ("mass_cos_total_ref", "mass_cos_total_it")},
-        ),
-        (
-            "What the signal does to the token that the student wrote",
-            "Mean log-ratio in nats; below 0 the signal makes the student's own token less likely.",
-            {"delta_ref": "Δ ref", "delta_it": "Δ it"},
-        ),
-    ):
-        series = {text: [(x, part[name]) for x, part in places] for name, text in names.items()}
-        title = f"{title} ({students[-1]['label']})"
-        drawn.append(line_chart(title, series, x_label="position in the completion", description=text))
+    last = students[-1]
+    markers = {f"markers/{name}": name for name in last["summary"]["markers_per_1k"]}
+    by_step: dict[float, dict[str, Any]] = {}
+    for student in students:
+        summary = student["summary"]
+        rates = {key: summary["markers_per_1k"][name] for key, name in markers.items()}
+        by_step[student["step"]] = {**summary["groups"]["all"], **rates, "mean_length": summary["mean_length"]}
+    parts = last["summary"]["along_completion"]
+    by_place = {(i + 0.5) / len(parts): part for i, part in enumerate(parts) if part["tokens"]}
+    drawn = []
+    for chart in json.loads(template("diagnosis.json")):  # a chart that names no metrics draws all markers
+        steps = chart["along"] == "step"
+        if steps and not len(by_step) == len(students) > 1:
+            continue
+        points = sorted((by_step if steps else by_place).items())
+        names = chart["metrics"] or markers
+        series: Series = {text: [(x, values[name]) for x, values in points] for name, text in names.items()}
+        title = chart["title"] if steps else f"{chart['title']} ({last['label']})"
+        drawn.append(line_chart(title, series, x_label=chart["along"], description=chart["text"]))
     return "".join(drawn)
 
 
@@ -165,8 +139,8 @@ def _tables(student: dict[str, Any]) -> str:
 
 def _key() -> str:
     """The shades, from the most negative to the most positive."""
-    ranges = [f"{low:g} to {{sign}}{high:g}" for low, high in zip(BINS, BINS[1:], strict=False)]
-    texts = [f"{{sign}}{text}" for text in ranges] + [f"beyond {{sign}}{BINS[-1]:g}"]
-    shades = [[f'<span class="tok {name}{i}">{text.format(sign=sign)}</span>' for i, text in enumerate(texts, start=1)]
-              for sign, name in (("−", "n"), ("+", "p"))]  # fmt: skip
+    texts = [f"{{0}}{low:g} to {{0}}{high:g}" for low, high in zip(BINS, BINS[1:], strict=False)]
+    texts.append(f"beyond {{0}}{BINS[-1]:g}")
+    shades = [[f'<span class="tok n{i}">{text.format("−")}</span>' for i, text in enumerate(texts, start=1)]]
+    shades.append([f'<span class="tok p{i}">{text.format("+")}</span>' for i, text in enumerate(texts, start=1)])
     return "".join((*reversed(shades[0]), *shades[1]))
