@@ -83,6 +83,17 @@ def commit() -> str | None:
     return _output("git", "-C", str(package), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
 
 
+def run_versions() -> dict[str, str]:
+    """
+    Versions that a report of a run names, with the commit of a checkout.
+
+    Returns:
+        `dict[str, str]`: version by name.
+    """
+    own = {"commit": revision} if (revision := commit()) is not None else {}
+    return {"python": platform.python_version(), **versions(), **own}
+
+
 def environment() -> dict[str, str]:
     """
     Everything that `purified-opsd env` prints. Imports torch.

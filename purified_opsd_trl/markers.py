@@ -1,7 +1,7 @@
 """
-Epistemic markers: words by which a model shows that it doubts and checks itself ("Wait", "Perhaps"), in text.
+Counts epistemic markers: words by which a model expresses doubt and checks itself ("Wait", "Perhaps").
 
-Counting works on decoded text, so that it does not depend on how a tokenizer splits or spells a word.
+Counting works on decoded text, so that it does not depend on how a tokenizer splits a word.
 """
 
 import re
@@ -15,22 +15,14 @@ PAPER_MARKERS = ("wait", "maybe", "perhaps", "check")  # the four that the paper
 
 TOKEN_CLASSES = ("epistemic", "digits", "other")
 
-# Letters that glue a Latin word to its neighbour; Chinese or Japanese text around "wait" does not
+# Letters that continue a Latin word; Chinese or Japanese text next to "wait" does not
 _LATIN = r"A-Za-z\u00c0-\u024f0-9_"
 _ANSWER = re.compile(r"\\boxed\s*\{\s*[^\s}]|####\s*\S|\banswer\s*(?:is|:)\s*\S", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Marker:
-    """
-    One occurrence of a marker.
-
-    Attributes:
-        name (`str`):
-            The marker as listed, in lower case.
-        start, end (`int`):
-            Span in the text, in characters.
-    """
+    """One occurrence: the marker in lower case, and its span in the text in characters."""
 
     name: str
     start: int
@@ -39,16 +31,12 @@ class Marker:
 
 class MarkerCounter:
     r"""
-    Finds markers as whole words.
+    Finds markers (words or phrases) as whole words.
 
-    Case does not matter, and any run of white space matches a space inside a marker. Text inside a longer word
-    ("checked", "await", "check_sum") or after a backslash (LaTeX's `\check`) is no marker. A marker that ends in a
-    doubled letter a-z may be prolonged: "hmm" finds "Hmmmm". Overlapping markers ("wait", "wait a moment") count once,
-    the longest.
-
-    Args:
-        markers (`Sequence[str]`, *optional*, defaults to `DEFAULT_MARKERS`):
-            Words or phrases.
+    Case does not matter, and any white space matches a space inside a marker. Text inside a longer word ("checked",
+    "await", "check_sum") or after a backslash (LaTeX's `\check`) is not a marker. A marker that ends in a doubled
+    letter a-z may be prolonged: "hmm" finds "Hmmmm". Overlapping markers ("wait", "wait a moment") count once, as the
+    longest.
     """
 
     def __init__(self, markers: Sequence[str] = DEFAULT_MARKERS):
@@ -58,16 +46,7 @@ class MarkerCounter:
         self._regex = re.compile("|".join(groups), re.IGNORECASE)
 
     def find(self, text: str) -> list[Marker]:
-        """
-        All occurrences, in order.
-
-        Args:
-            text (`str`):
-                Any text.
-
-        Returns:
-            `list[Marker]`
-        """
+        """All occurrences, in order."""
         return [
             Marker(self.markers[int(match.lastgroup[1:])], match.start(), match.end())
             for match in self._regex.finditer(text)
@@ -75,16 +54,7 @@ class MarkerCounter:
         ]
 
     def count(self, text: str) -> dict[str, int]:
-        """
-        Occurrences of each marker, zeros included.
-
-        Args:
-            text (`str`):
-                Any text.
-
-        Returns:
-            `dict[str, int]`
-        """
+        """Occurrences of each marker, zeros included."""
         counts = dict.fromkeys(self.markers, 0)
         for marker in self.find(text):
             counts[marker.name] += 1
@@ -104,14 +74,8 @@ class TokenClassifier:
     """
     Sorts the tokens of a completion into `TOKEN_CLASSES`.
 
-    A token is `epistemic` if it holds a letter of a marker, whichever way the tokenizer splits the word; `digits` if
-    it holds a digit and no other letter; else `other`.
-
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer.
-        counter ([`MarkerCounter`]):
-            The markers.
+    A token is `epistemic` if it holds a letter of a marker, however the tokenizer splits the word; `digits` if it
+    holds a digit and no letter; otherwise `other`.
     """
 
     def __init__(self, tokenizer: Any, counter: MarkerCounter):
@@ -126,31 +90,13 @@ class TokenClassifier:
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """
-        Text of each token. A token that is part of a character's bytes reads as a replacement character.
-
-        Args:
-            ids (`Sequence[int]` of length `C`):
-                Token ids.
-
-        Returns:
-            `list[str]` of length `C`.
-        """
+        """Text of each of the C tokens; a part of a character's bytes becomes a replacement character."""
         for token in set(ids) - self._pieces.keys():
             self._pieces[token] = self._decode([*self._anchor, token])[len(self._anchor_text) :]
         return [self._pieces[token] for token in ids]
 
     def classify(self, ids: Sequence[int]) -> list[int]:
-        """
-        Class of each token.
-
-        Args:
-            ids (`Sequence[int]` of length `C`):
-                Token ids of one completion, in order.
-
-        Returns:
-            `list[int]` of length `C`: indices into `TOKEN_CLASSES`.
-        """
+        """Index into `TOKEN_CLASSES` of each of the C tokens of one completion."""
         pieces = self.pieces(ids)
         spans = iter(self.counter.find("".join(pieces)))
         span, start, classes = next(spans, None), 0, []
@@ -158,7 +104,7 @@ class TokenClassifier:
             end = start + len(piece)
             while span is not None and span.end <= start:
                 span = next(spans, None)
-            # Of the token's own text, what lies in the marker must be more than white space
+            # The part of the token inside the marker must be more than white space
             inside = span is not None and piece[max(span.start - start, 0) : max(span.end - start, 0)].strip()
             if inside:
                 classes.append(TOKEN_CLASSES.index("epistemic"))
@@ -176,17 +122,6 @@ def has_answer(text: str) -> bool:
 
 
 def distinct(ids: Sequence[int], n: int) -> float:
-    """
-    Share of the n-grams of a token sequence that are distinct: 1 without repetition, towards 0 in a loop.
-
-    Args:
-        ids (`Sequence[int]` of length `C`):
-            Token ids.
-        n (`int`):
-            Length of the n-grams.
-
-    Returns:
-        `float` in `(0, 1]`; 1 for a sequence shorter than `n`.
-    """
+    """Share of distinct n-grams in a token sequence, in (0, 1]: near 0 in a loop, 1 for fewer than `n` tokens."""
     total = len(ids) - n + 1
     return len({tuple(ids[i : i + n]) for i in range(total)}) / total if total > 0 else 1.0

@@ -140,7 +140,8 @@ def main(
         `InputError`: if a setting or the data cannot be used.
         `ImportError`: if a setting needs an extra that is not installed.
     """
-    from .trainer import PurifiedOPSDTrainer  # not needed for `--help`
+    from .monitoring.report import ReportCallback  # not needed for `--help`
+    from .trainer import PurifiedOPSDTrainer
 
     name = model_args.model_name_or_path
     if name is None:
@@ -175,6 +176,9 @@ def main(
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, ReportCallback):
+            callback.dataset = script_args.dataset_name
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(training_args.output_dir)
     on_hub = script_args.dataset_name if not os.path.exists(script_args.dataset_name or "") else None

@@ -107,6 +107,26 @@ def accessibility_violations(page: Path, folder: Path, dark: bool = False) -> li
     return result["violations"]
 
 
+def overflow(page: Path, folder: Path, width: int) -> list[str]:
+    """Elements that reach beyond the right edge of a window `width` px wide, except inside their own scroll areas."""
+    # Headless windows are at least 500 px wide, so the page is loaded in a frame
+    holder = folder / f"frame-{width}.html"
+    source = html.escape(page.read_text(encoding="utf-8"), quote=True)
+    holder.write_text(f'<!DOCTYPE html><body><iframe width="{width}" height="900" srcdoc="{source}"></iframe></body>')
+    script = f"""
+    const box = document.querySelector("iframe");
+    while (!box.contentDocument.querySelector("main") || box.contentDocument.readyState !== "complete")
+      await new Promise((done) => setTimeout(done, 50));
+    const frame = box.contentDocument;
+    frame.querySelectorAll("details").forEach((d) => {{ d.open = true; }});
+    const found = [...frame.body.querySelectorAll("*")].filter((node) => !node.closest(".scroll table, svg")
+      && node.getBoundingClientRect().right > {width} + 0.5).map((node) => node.outerHTML.slice(0, 100));
+    const wide = frame.documentElement.scrollWidth;
+    return wide > {width} ? ["page: " + wide, ...found] : found;
+    """
+    return evaluate_in_page(holder, script, folder)
+
+
 def html_errors(text: str) -> list[str]:
     """Errors of the Nu HTML checker, or of html5lib's parser where that is missing."""
     jar = os.environ.get("VNU_JAR")

@@ -89,6 +89,10 @@ class Decomposition:
     mass_cos_total_ref: Tensor  # [...]
     mass_cos_total_it: Tensor  # [...]
     mass_norm_ratio_ref: Tensor  # [...]
+    norm_total: Tensor  # [...]
+    norm_ref: Tensor  # [...]
+    mass_norm_total: Tensor  # [...]
+    mass_norm_ref: Tensor  # [...]
 
 
 def log_probs(logits: Tensor) -> Tensor:
@@ -189,6 +193,10 @@ def decompose(student: Tensor, teacher: Tensor, reference_only: Tensor) -> Decom
         mass_cos_total_ref=_cosine(total, ref, mass),
         mass_cos_total_it=_cosine(total, it, mass),
         mass_norm_ratio_ref=_norm_ratio(ref, total, mass),
+        norm_total=_norm(total, one),
+        norm_ref=_norm(ref, one),
+        mass_norm_total=_norm(total, mass),
+        mass_norm_ref=_norm(ref, mass),
     )
 
 

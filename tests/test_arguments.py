@@ -126,9 +126,7 @@ def test_an_alias_of_itself_ends(tmp_path: Path) -> None:
 
 def test_options_of_others_are_left_over(tmp_path: Path) -> None:
     path = write(tmp_path, "steps: 7\nnum_machines: 2\n")
-    parsed = parser(other=["num_processes", "num_machines"]).parse_known(
-        ["--config", path, "--num-processes", "4"]
-    )
+    parsed = parser(other=["num_processes", "num_machines"]).parse_known(["--config", path, "--num-processes", "4"])
     assert parsed == ((Settings(steps=7),), ["--num_machines", "2"], ["--num-processes", "4"])
 
 

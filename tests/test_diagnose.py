@@ -1,9 +1,12 @@
 """`purified-opsd diagnose` against the oracle, and its page in a real browser."""
 
 import copy
+import datetime
+import html
 import json
 import re
 import shutil
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,17 +16,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from purified_opsd_trl import InputError, cli
-from purified_opsd_trl.diagnose.measure import DISTRIBUTIONS, Models, summarise
-from purified_opsd_trl.diagnose.render import html_page
+from purified_opsd_trl.diagnose.arguments import RENAMED, parse
+from purified_opsd_trl.diagnose.measure import DISTRIBUTIONS, Models, summarize
+from purified_opsd_trl.diagnose.render import html_page, verdict
 from purified_opsd_trl.evaluate.backends import TransformersBackend
 from purified_opsd_trl.head import LMHead
 from purified_opsd_trl.monitoring.decomposition import STATISTICS
 from tests import reference
-from tests.browser import accessibility_violations, chromium, evaluate_in_page, html_errors, requests_made
+from tests.browser import accessibility_violations, chromium, evaluate_in_page, html_errors, overflow, requests_made
 from tests.conftest import FIXTURES
-
-
-pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +49,9 @@ def output(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, run_dir: P
     folder = tmp_path_factory.mktemp("diagnosis")
     data = FIXTURES / "data" / "conversational.jsonl"
     flags = (
-        f"diagnose --model {model_dir} --checkpoints {run_dir} --dataset {data} --num_samples 4 --num_pages 3 "
-        f"--max_completion_length 24 --dtype float32 --alternatives 3 --output_dir {folder}"
+        f"diagnose --model_name_or_path {model_dir} --checkpoints {run_dir} --dataset_name {data} "
+        f"--num_samples 4 --num_pages 3 --max_completion_length 24 --dtype float32 --alternatives 3 "
+        f"--output_dir {folder}"
     )
     assert cli.main(flags.split()) == 0
     return folder
@@ -109,7 +111,7 @@ def test_every_number_equals_the_oracle(
                 assert [p for _, p in sample["alternatives"][i][name]] == pytest.approx(top, abs=1e-4)
 
 
-def test_checkpoints_may_be_whole_models(
+def test_checkpoints_may_be_full_models(
     tmp_path: Path, model_dir: Path, make_model: Callable[..., Any], tokenizer: Any
 ) -> None:
     moved = make_model(seed=3)
@@ -119,8 +121,8 @@ def test_checkpoints_may_be_whole_models(
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps({"prompt": [{"role": "user", "content": "1 + 1?"}], "reference": "2"}) + "\n")
     flags = (
-        f"diagnose --model {model_dir} --checkpoints {tmp_path / 'run'} --dataset {data} --num_samples 1 "
-        f"--max_completion_length 8 --dtype float32 --output_dir {tmp_path / 'out'}"
+        f"diagnose --model_name_or_path {model_dir} --checkpoints {tmp_path / 'run'} --dataset_name {data} "
+        f"--num_samples 1 --max_completion_length 8 --dtype float32 --output_dir {tmp_path / 'out'}"
     )
     assert cli.main(flags.split()) == 0
     _, student = json.loads((tmp_path / "out" / "diagnosis.json").read_text())["students"]
@@ -204,7 +206,7 @@ def test_the_summary_is_the_mean_over_tokens(diagnosis: dict[str, Any]) -> None:
         ]
         assert groups["epistemic"]["tokens"] == len(epistemic) >= 16
         assert groups["epistemic"]["delta_ref"] == pytest.approx(sum(epistemic) / len(epistemic))
-        assert sum(groups[f"{t} third"]["tokens"] for t in ("first", "middle", "last")) == len(values)
+        assert sum(groups[f"{t}_third"]["tokens"] for t in ("first", "middle", "last")) == len(values)
         assert sum(part["tokens"] for part in student["summary"]["along_completion"]) == len(values)
         assert student["summary"]["markers_per_1k"]["wait"] == pytest.approx(1000 * 4 / len(values))
 
@@ -217,12 +219,52 @@ def test_without_training_student_and_base_are_one(diagnosis: dict[str, Any]) ->
 
 
 def test_groups_without_tokens_are_empty() -> None:
-    assert summarise([])["groups"]["epistemic"] == {"tokens": 0}
+    assert summarize([])["groups"]["epistemic"] == {"tokens": 0}
 
 
-def test_figures_are_written(output: Path) -> None:
-    names = {path.stem for path in output.glob("*.png")}
-    assert names == {"cosines", "norm_ratio", "markers", "lengths", "position_cosines", "position_deltas"}
+def test_ratios_are_of_sums_and_medians_of_tokens(diagnosis: dict[str, Any]) -> None:
+    for student in diagnosis["students"]:
+        for group, kind in (("all", None), ("epistemic", 0)):
+            chosen = [
+                {name: sample[name][i] for name in STATISTICS}
+                for sample in student["samples"]
+                for i, own in enumerate(sample["classes"])
+                if kind in (None, own)
+            ]
+            reported = student["summary"]["groups"][group]
+            for mass in ("", "mass_"):
+                ref, total = (sum(token[f"{mass}norm_{part}"] for token in chosen) for part in ("ref", "total"))
+                assert reported[f"{mass}norm_ratio_ref"] == pytest.approx(ref / total)
+                ratios = [t[f"{mass}norm_ref"] / t[f"{mass}norm_total"] for t in chosen if t[f"{mass}norm_total"]]
+                zeros = [0.0] * (len(chosen) - len(ratios))
+                expected = statistics.median([*zeros, *ratios])
+                assert reported[f"{mass}median_norm_ratio_ref"] == pytest.approx(expected, rel=1e-5)
+            mean = statistics.fmean(token["norm_ratio_ref"] for token in chosen)
+            assert reported["paper_norm_ratio_ref"] == pytest.approx(mean)
+
+
+@pytest.mark.parametrize(("cosine", "words"), [(0.8, "mostly"), (0.79, "partly"), (0.39, "to a small extent")])
+@pytest.mark.parametrize("samples", [29, 30])
+def test_the_verdict_names_the_share_and_few_completions(
+    diagnosis: dict[str, Any], cosine: float, words: str, samples: int
+) -> None:
+    summary = copy.deepcopy(diagnosis["students"][0]["summary"]) | {"samples": samples}
+    summary["groups"]["all"] |= {"mass_cos_total_ref": cosine, "mass_norm_ratio_ref": 1.239}
+    text = verdict(summary)
+    assert f"points {words} along" in text and f"= {cosine:.2f}" in text and "1.24 times" in text
+    assert ("tendency only" in text) is (samples < 30)
+
+
+def test_the_top_of_the_page_identifies_the_diagnosis(
+    output: Path, diagnosis: dict[str, Any], model_dir: Path, run_dir: Path
+) -> None:
+    text = (output / "diagnosis.html").read_text()
+    top = text[text.index("<main>") : text.index("Token by token")]
+    year = datetime.datetime.fromtimestamp(diagnosis["started"], datetime.UTC).strftime("%Y-%m-%d")
+    for fact in (str(model_dir), "conversational.jsonl, 4 problems", f"{run_dir.name}-checkpoint-10", year, "trl 1."):
+        assert fact in top, fact
+    assert html.escape(verdict(diagnosis["students"][-1]["summary"])) in top
+    assert "Δ ref</dt><dd>Probe against student" in top and "Δ it</dt><dd>Teacher against probe" in top
 
 
 def test_text_of_a_completion_cannot_break_the_page(diagnosis: dict[str, Any]) -> None:
@@ -242,6 +284,12 @@ def test_the_page_asks_for_nothing(output: Path) -> None:
     text = (output / "diagnosis.html").read_text()
     assert not re.search(r"""(?:src|href)=["'](?!data:)|url\(|https?://(?!www\.w3\.org)|@import""", text)
     assert requests_made(text) == []
+
+
+@chromium
+@pytest.mark.parametrize("width", [360, 768, 1280])
+def test_the_page_does_not_scroll_sideways(output: Path, tmp_path: Path, width: int) -> None:
+    assert overflow(output / "diagnosis.html", tmp_path, width) == []
 
 
 @chromium
@@ -299,23 +347,36 @@ def test_the_page_works_by_keyboard_and_pointer(output: Path, tmp_path: Path, di
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ("--num_samples 0", "`--num_samples` must be at least 1"),
-        ("--reference_column solution", "no column `solution`"),
-        ("--prompt_column problem", "no column `problem`"),
-        ("--temperature 0", "`--temperature` must be positive"),
+        ("--num_samples 0", "`num_samples` must be at least 1"),
+        ("--dataset_reference_column solution", "no column `solution`"),
+        ("--dataset_prompt_column problem", "no column `problem`"),
+        ("--temperature 0", "`temperature` must be positive"),
+        ("--temperature nan", "`temperature` must be positive"),
+        ("--chat_template_kwargs {", "`chat_template_kwargs` is not JSON"),
+        *((f"--{old} x", f"`{old}` is now called `{new}`.") for old, new in RENAMED.items()),
     ],
 )
 def test_bad_input_is_one_line(
     extra: str, message: str, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = FIXTURES / "data" / "conversational.jsonl"
-    flags = f"diagnose --model {model_dir} --dataset {data} --output_dir {tmp_path} --dtype float32 {extra}"
+    flags = f"diagnose --model_name_or_path {model_dir} --dataset_name {data} --output_dir {tmp_path} {extra}"
     assert cli.main(flags.split()) == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
 
 
-def test_a_missing_extra_is_named(model_dir: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    find = __import__("importlib.util", fromlist=["util"]).find_spec
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "matplotlib" else find(name))
-    assert cli.main(["diagnose", "--model", str(model_dir), "--dataset", "x.jsonl"]) == 2
-    assert 'pip install "purified-opsd-trl[plot]"' in capsys.readouterr().err
+def test_an_unwritable_folder_is_known_before_anything_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    flags = f"diagnose --model_name_or_path nowhere --dataset_name nothing --output_dir {tmp_path / 'file' / 'out'}"
+    assert cli.main(flags.split()) == 2
+    assert "out cannot be written: Not a directory" in capsys.readouterr().err
+
+
+def test_settings_come_from_a_file_too(tmp_path: Path) -> None:
+    path = tmp_path / "diagnose.yaml"
+    path.write_text("model_name_or_path: m\ndataset_name: d\nchat_template_kwargs: {enable_thinking: true}\nseed: 3\n")
+    args = parse(["--config", str(path), "--seed", "4"])
+    assert (args.model_name_or_path, args.seed, args.template_kwargs) == ("m", 4, {"enable_thinking": True})

@@ -122,7 +122,7 @@ def _purified_opsd(words: list[str]) -> None:
     elif command == "evaluate":
         evaluate.make_parser().parse(rest)
     else:
-        diagnose.run.make_parser().parse_args(rest)
+        diagnose.make_parser().parse(rest)
 
 
 def _accelerate(words: list[str]) -> None:

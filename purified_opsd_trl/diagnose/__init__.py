@@ -2,28 +2,20 @@
 Diagnosis without training: what a plain teacher's signal consists of.
 
 ```text
-rows -> contexts -> completions -> four distributions a token -> summary -> JSON, HTML, PNG
+rows -> contexts -> completions -> four distributions per token -> summary -> JSON, HTML
 ```
 """
 
 from collections.abc import Sequence
 
-from .run import diagnose, make_parser
+from .arguments import DiagnoseArguments, make_parser, parse
+from .run import diagnose
 
 
-__all__ = ["diagnose", "main", "make_parser"]
+__all__ = ["DiagnoseArguments", "diagnose", "main", "make_parser"]
 
 
 def main(argv: Sequence[str]) -> int:
-    """
-    The subcommand `diagnose`.
-
-    Args:
-        argv (`Sequence[str]`):
-            Arguments after the subcommand.
-
-    Returns:
-        `int`: exit status.
-    """
-    diagnose(make_parser().parse_args(argv))
+    """Runs `purified-opsd diagnose` with the arguments after the subcommand; returns the exit status."""
+    diagnose(parse(argv))
     return 0

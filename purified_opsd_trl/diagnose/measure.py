@@ -1,12 +1,11 @@
 """
-Measures, without training, what a plain teacher's signal consists of: completions, four distributions a token, Eq. 4.
+Measures, without training, what a plain teacher's signal consists of: four distributions per token, Eq. 4.
 
 Shapes: C tokens of a completion, V vocabulary, H hidden units.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +15,8 @@ from ..errors import InputError
 from ..evaluate.backends import Request, Sampling, TransformersBackend
 from ..head import LMHead
 from ..markers import TOKEN_CLASSES, MarkerCounter, TokenClassifier, distinct, has_answer
-from ..monitoring.decomposition import STATISTICS, decomposition_stats
+from ..monitoring.decomposition import STATISTICS, THIRDS, decomposition_stats, summaries
+from .arguments import DiagnoseArguments
 
 
 DISTRIBUTIONS = ("student", "teacher", "reference_only", "base")
@@ -24,45 +24,8 @@ POSITIONS = 10  # parts of a completion in the curve along it
 _CHUNK = 64  # tokens whose logits `[chunk, V]` exist at once, under four contexts
 
 
-@dataclass(frozen=True)
-class Settings:
-    """
-    How completions are drawn and looked at.
-
-    Attributes:
-        temperature (`float`):
-            Sampling temperature; it also divides all logits, as in training.
-        max_completion_length (`int`):
-            Longest completion in tokens.
-        alternatives (`int`):
-            Most likely tokens kept of each distribution.
-        pages (`int`):
-            Samples whose alternatives are kept, for the per-token page.
-        seed (`int`):
-            Seed of the completions.
-        template_kwargs (`dict`):
-            Arguments of the chat template.
-        markers (`tuple[str, ...]`):
-            Epistemic markers.
-    """
-
-    temperature: float
-    max_completion_length: int
-    alternatives: int
-    pages: int
-    seed: int
-    template_kwargs: Mapping[str, Any]
-    markers: tuple[str, ...]
-
-
 class Models:
-    """
-    The frozen base and, on it or beside it, the student.
-
-    Args:
-        base ([`TransformersBackend`]):
-            The initial policy: teacher, probe and anchor.
-    """
+    """The frozen base (teacher, probe and anchor) and the student, which may be an adapter on it."""
 
     def __init__(self, base: TransformersBackend):
         self.base = base
@@ -71,16 +34,15 @@ class Models:
 
     def use(self, student: TransformersBackend | None, adapter: str | None) -> None:
         """
-        Takes another model, or an adapter on the base, or neither, as the student.
+        Makes another model, an adapter on the base, or the base itself the student.
 
-        Raises:
-            `InputError`: for an adapter whose loading changes the base, as it would be measured against itself.
+        Refuses an adapter whose loading changes the base, since the student would be compared with itself.
         """
         self.base.load(adapter)
         if changed := self.base.overwritten():
             raise InputError(
-                f"`adapter`: {adapter} changes weights of the base itself ({changed[0]}, say), which disabling it "
-                "does not undo. Merge it into the model and name the result under `--checkpoints`."
+                f"`adapter`: {adapter} changes weights of the base itself ({changed[0]} among them), which disabling "
+                "the adapter does not undo. Merge it into the model and pass the result as `checkpoints`."
             )
         self.student = student or self.base
 
@@ -100,23 +62,23 @@ class Models:
         yield model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def completions(models: Models, contexts: Sequence[Contexts], settings: Settings) -> list[list[int]]:
+def completions(models: Models, contexts: Sequence[Contexts], args: DiagnoseArguments) -> list[list[int]]:
     """The student's completions of the questions, as ids."""
     requests = [
-        Request(("", "", i), _ids(models.tokenizer, context.base, settings), settings.seed + i)
+        Request(("", "", i), _ids(models.tokenizer, context.base, args), args.seed + i)
         for i, context in enumerate(contexts)
     ]
-    sampling = Sampling(settings.temperature, 1.0, 0, settings.max_completion_length)
+    sampling = Sampling(args.temperature, 1.0, 0, args.max_completion_length)
     drawn = {c.key[2]: c.ids for c in models.student.generate(requests, sampling)}
     return [drawn[i] for i in range(len(contexts))]
 
 
-def _ids(tokenizer: Any, prompt: Any, settings: Settings) -> list[int]:
+def _ids(tokenizer: Any, prompt: Any, args: DiagnoseArguments) -> list[int]:
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
-    return tokenizer.apply_chat_template(
-        prompt, add_generation_prompt=True, return_dict=True, **settings.template_kwargs
-    )["input_ids"]
+    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True, **args.template_kwargs)[
+        "input_ids"
+    ]
 
 
 @torch.no_grad()
@@ -127,37 +89,21 @@ def _hidden(model: Any, prompt: list[int], completion: list[int]) -> torch.Tenso
 
 
 class Meter:
-    """
-    Looks at one completion at a time.
+    """Measures one completion at a time."""
 
-    Args:
-        models ([`Models`]):
-            Base and student.
-        settings ([`Settings`]):
-            Settings.
-    """
-
-    def __init__(self, models: Models, settings: Settings):
+    def __init__(self, models: Models, args: DiagnoseArguments):
         self.models = models
-        self.settings = settings
-        self.counter = MarkerCounter(settings.markers)
+        self.args = args
+        self.counter = MarkerCounter(args.epistemic_markers)
         self.classifier = TokenClassifier(models.tokenizer, self.counter)
 
     @torch.no_grad()
     def sample(self, contexts: Contexts, completion: list[int], with_alternatives: bool) -> dict[str, Any]:
         """
-        Every number of one completion.
+        Every number of one completion (`C` ids), in JSON types.
 
-        Args:
-            contexts ([`Contexts`]):
-                Prompts.
-            completion (`list[int]` of length `C`):
-                Completion ids.
-            with_alternatives (`bool`):
-                Whether to keep the likely tokens of each distribution.
-
-        Returns:
-            `dict`: text, counts, and per token its piece, class, log-ratios, statistics and alternatives; JSON types.
+        Text, counts, and per token its piece, class, log-ratios and statistics, optionally with the likely tokens of
+        each distribution.
         """
         states, heads = self._states(contexts, completion)
         labels = torch.tensor(completion, device=states["student"].device)
@@ -191,14 +137,12 @@ class Meter:
         }
 
     def _states(self, contexts: Contexts, completion: list[int]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        temperature = self.settings.temperature
-        prompts = {
-            "student": contexts.base,
-            "teacher": contexts.teacher,
-            "reference_only": contexts.reference_only,
-            "base": contexts.base,
+        temperature = self.args.temperature
+        prompts = (contexts.base, contexts.teacher, contexts.reference_only, contexts.base)
+        ids = {
+            name: _ids(self.models.tokenizer, prompt, self.args)
+            for name, prompt in zip(DISTRIBUTIONS, prompts, strict=True)
         }
-        ids = {name: _ids(self.models.tokenizer, prompt, self.settings) for name, prompt in prompts.items()}
         states, heads = {}, {}
         with self.models.trained() as model:
             states["student"] = _hidden(model, ids["student"], completion)
@@ -212,16 +156,12 @@ class Meter:
 
     def _alternatives(self, log_probs: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
         """Per token, by distribution: the most likely pieces with their probabilities."""
-        tops = {name: values.topk(self.settings.alternatives) for name, values in log_probs.items()}
-        count = len(next(iter(log_probs.values())))
+        tops = {name: values.topk(self.args.alternatives) for name, values in log_probs.items()}
+        pieces = {name: [self.classifier.pieces(row) for row in top.indices.tolist()] for name, top in tops.items()}
+        shares = {name: [_rounded(row.exp()) for row in top.values] for name, top in tops.items()}
+        count = len(log_probs["student"])
         return [
-            {
-                name: list(
-                    zip(self.classifier.pieces(top.indices[i].tolist()), _rounded(top.values[i].exp()), strict=True)
-                )
-                for name, top in tops.items()
-            }
-            for i in range(count)
+            {name: list(zip(pieces[name][i], shares[name][i], strict=True)) for name in tops} for i in range(count)
         ]
 
 
@@ -236,42 +176,34 @@ def _rounded(values: torch.Tensor) -> list[float]:
 def _text(prompt: Any) -> str:
     if isinstance(prompt, str):
         return prompt
-    return "\n\n".join(
-        f"{turn['role']}: {turn['content'] if isinstance(turn['content'], str) else turn['content']}"
-        for turn in prompt
-    )
+    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
 
 
-def summarise(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def summarize(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """
-    Means over the tokens of all samples: overall, by third, by class, along the completion; and counts on the text.
+    Statistics over the tokens of all samples: overall, by third, by class, along the completion; and counts on texts.
 
-    Args:
-        samples (`Sequence[dict]`):
-            What [`Meter`] returned.
-
-    Returns:
-        `dict`: JSON types. `groups[name]` holds `tokens`, the statistics, and the sampled token's mean log-ratios.
+    `groups[name]` holds `tokens`, `SUMMARIES`, and the mean log-ratios of the sampled token.
     """
-    columns = (*STATISTICS, "delta_total", "delta_ref", "delta_it")
+    deltas = ("delta_total", "delta_ref", "delta_it")
     rows = [
-        ([sample[name][i] for name in columns], i / len(sample["pieces"]), TOKEN_CLASSES[sample["classes"][i]])
+        ([sample[name][i] for name in (*STATISTICS, *deltas)], i / len(sample["pieces"]), sample["classes"][i])
         for sample in samples
         for i in range(len(sample["pieces"]))
     ]
 
-    def mean(chosen: list[list[float]]) -> dict[str, Any]:
+    def over(chosen: list[list[float]]) -> dict[str, Any]:
         if not chosen:
             return {"tokens": 0}
-        values = torch.tensor(chosen, dtype=torch.float64).mean(dim=0).tolist()
-        return {"tokens": len(chosen), **dict(zip(columns, values, strict=True))}
+        columns = dict(zip((*STATISTICS, *deltas), torch.tensor(chosen, dtype=torch.float64).T, strict=True))
+        return {"tokens": len(chosen), **summaries(columns), **{name: columns[name].mean().item() for name in deltas}}
 
-    groups = {"all": mean([values for values, _, _ in rows])}
-    for third, name in enumerate(("first third", "middle third", "last third")):
-        groups[name] = mean([values for values, place, _ in rows if int(3 * place) == third])
-    for name in TOKEN_CLASSES:
-        groups[name] = mean([values for values, _, kind in rows if kind == name])
-    along = [mean([values for values, place, _ in rows if int(POSITIONS * place) == p]) for p in range(POSITIONS)]
+    groups = {"all": over([values for values, _, _ in rows])}
+    for third, name in enumerate(THIRDS):
+        groups[name] = over([values for values, place, _ in rows if int(len(THIRDS) * place) == third])
+    for kind, name in enumerate(TOKEN_CLASSES):
+        groups[name] = over([values for values, _, own in rows if own == kind])
+    along = [over([values for values, place, _ in rows if int(POSITIONS * place) == p]) for p in range(POSITIONS)]
     tokens = max(len(rows), 1)
     markers = {name: sum(s["markers"][name] for s in samples) for name in (samples[0]["markers"] if samples else ())}
     return {

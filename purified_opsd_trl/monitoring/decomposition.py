@@ -1,5 +1,5 @@
 """
-How much of the teacher's signal is the reference: the statistics of Eq. 4, and the monitor that takes them.
+How much of the teacher's signal the reference alone induces: the statistics of Eq. 4, and the monitor of them.
 
 ```text
 scoring -> DecompositionMonitor.sample     chooses tokens and keeps their frozen states
@@ -9,7 +9,7 @@ loss    -> DecompositionMonitor.measure    adds the student's state at the same 
 Every process runs the same collectives: whether a step is measured depends on its number alone.
 
 Shapes: `[..., V]` is any number of leading dimensions and the vocabulary last; `B` rows, `C` longest completion, `K`
-most tokens of a row that are measured, `H` hidden size.
+most measured tokens of a row, `H` hidden size.
 """
 
 import os
@@ -33,49 +33,76 @@ if TYPE_CHECKING:
 
 class DecompositionStats(NamedTuple):
     """
-    Cosines and norm ratios of `Delta_total = Delta_ref + Delta_it` over the vocabulary, one value a token.
+    Cosines and norms of `Delta_total = Delta_ref + Delta_it` over the vocabulary, one value per token, `[...]` each.
 
-    The first three weight every vocabulary entry alike, as the paper does; the near-zero tail of the distributions
-    dominates them. The `mass_*` three use the inner product `<a, b> = sum_v pi_theta(v) a(v) b(v)`: what the student
-    might really say. A cosine with a zero vector, and a ratio to one, are 0.
+    The plain statistics weight every vocabulary entry equally, as the paper does; the near-zero tail of the
+    distributions dominates them. The `mass_*` statistics use the inner product `<a, b> = sum_v pi_theta(v) a(v) b(v)`,
+    which weights what the student may actually say. A cosine with a zero vector, and a ratio to one, are 0.
 
-    Attributes:
-        cos_total_ref, mass_cos_total_ref (`torch.Tensor` of shape `[...]`):
-            cos(Delta_total, Delta_ref): near 1, the signal is what the reference alone induces.
-        cos_total_it, mass_cos_total_it (`torch.Tensor` of shape `[...]`):
-            cos(Delta_total, Delta_it).
-        norm_ratio_ref, mass_norm_ratio_ref (`torch.Tensor` of shape `[...]`):
-            |Delta_ref| / |Delta_total|: above 1, the reference-induced part outweighs the whole signal.
+    `norm_ratio_ref` is |Delta_ref| / |Delta_total| at one token. Its mean over tokens is unusable on real data: where
+    teacher and student agree, the denominator is close to zero. See `RATIOS` and `MEDIANS`.
     """
 
     cos_total_ref: torch.Tensor
     cos_total_it: torch.Tensor
     norm_ratio_ref: torch.Tensor
+    norm_total: torch.Tensor
+    norm_ref: torch.Tensor
     mass_cos_total_ref: torch.Tensor
     mass_cos_total_it: torch.Tensor
     mass_norm_ratio_ref: torch.Tensor
+    mass_norm_total: torch.Tensor
+    mass_norm_ref: torch.Tensor
 
 
 STATISTICS = DecompositionStats._fields
+# What is reported of the tokens of a group: sum of the first statistic over sum of the second; None counts the tokens
+RATIOS: dict[str, tuple[str, str | None]] = {
+    "cos_total_ref": ("cos_total_ref", None),
+    "cos_total_it": ("cos_total_it", None),
+    "norm_ratio_ref": ("norm_ref", "norm_total"),
+    "paper_norm_ratio_ref": ("norm_ratio_ref", None),
+    "mass_cos_total_ref": ("mass_cos_total_ref", None),
+    "mass_cos_total_it": ("mass_cos_total_it", None),
+    "mass_norm_ratio_ref": ("mass_norm_ref", "mass_norm_total"),
+}
+MEDIANS = {"median_norm_ratio_ref": "norm_ratio_ref", "mass_median_norm_ratio_ref": "mass_norm_ratio_ref"}
+SUMMARIES = (*RATIOS, *MEDIANS)
+_PLAIN_NAMES = {
+    "cos_total_ref": "cos(total, ref)",
+    "cos_total_it": "cos(total, it)",
+    "norm_ratio_ref": "|ref| / |total|",
+    "median_norm_ratio_ref": "median of |ref| / |total|",
+}
+NAMES = {  # for people
+    **_PLAIN_NAMES,
+    **{f"mass_{name}": f"{text}, weighted" for name, text in _PLAIN_NAMES.items()},
+    "paper_norm_ratio_ref": "mean of |ref| / |total| (the paper's)",
+}
+
+
+def summaries(columns: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """`SUMMARIES` over some tokens, from each of `STATISTICS` `[n]`; a ratio to zero is 0."""
+    ones = torch.ones_like(columns["norm_total"])
+    sums: dict[str | None, torch.Tensor] = {name: values.sum() for name, values in columns.items()}
+    sums[None] = ones.sum()
+    ratios = {name: _ratio(sums[above], sums[below]).item() for name, (above, below) in RATIOS.items()}
+    return {**ratios, **{name: columns[of].quantile(0.5).item() for name, of in MEDIANS.items()}}
+
+
+# Names of the share of the signal that points along the reference, by the least weighted cos(total, ref)
+MOSTLY, PARTLY = 0.8, 0.4
+
+
+def share_in_words(cosine: float) -> str:
+    """How much of the signal points along what the reference alone induces, for a sentence."""
+    return "mostly" if cosine >= MOSTLY else "partly" if cosine >= PARTLY else "to a small extent"
 
 
 def decomposition_stats(
     student: torch.Tensor, teacher: torch.Tensor, reference_only: torch.Tensor
 ) -> tuple[DecompositionStats, Decomposition]:
-    """
-    Statistics of the decomposition, and the log-ratios they are taken of.
-
-    Args:
-        student (`torch.Tensor` of shape `[..., V]`):
-            Student logits, after temperature.
-        teacher (`torch.Tensor` of shape `[..., V]`):
-            Logits of the privileged teacher (question and reference in context).
-        reference_only (`torch.Tensor` of shape `[..., V]`):
-            Logits of the reference-only probe (reference in context, no question).
-
-    Returns:
-        `tuple`: [`DecompositionStats`] and [`Decomposition`].
-    """
+    """Statistics of the decomposition and the log-ratios, from logits `[..., V]` after temperature."""
     parts = decompose(student, teacher, reference_only)
     plain = _stats(*parts)
     # sqrt(p) on both factors is p on their product
@@ -90,6 +117,8 @@ def _stats(total: torch.Tensor, ref: torch.Tensor, it: torch.Tensor) -> tuple[to
         _ratio(torch.linalg.vecdot(total, ref), norm_total * norm_ref),
         _ratio(torch.linalg.vecdot(total, it), norm_total * norm_it),
         _ratio(norm_ref, norm_total),
+        norm_total,
+        norm_ref,
     )
 
 
@@ -100,7 +129,7 @@ def _ratio(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
 
 THIRDS = ("first_third", "middle_third", "last_third")
 _GROUPS = ("", *(f"{name}/" for name in (*THIRDS, *TOKEN_CLASSES)))
-DECOMPOSITION_METRICS = tuple(f"purification/{group}{name}" for group in _GROUPS for name in STATISTICS)
+DECOMPOSITION_METRICS = tuple(f"purification/{group}{name}" for group in _GROUPS for name in SUMMARIES)
 
 # Tensors `[chunk, V]` alive at once while the statistics are formed: logits, log-ratios, weights, temporaries
 _BUFFERS = 10
@@ -108,25 +137,11 @@ _BUFFERS = 10
 
 class DecompositionMonitor(TrainerCallback):
     """
-    Decomposes the teacher's signal (Eq. 4) on a sample of the tokens of every n-th step.
+    Decomposes the teacher's signal (Eq. 4) on a sample of the tokens of every `every`-th step; 0 never measures.
 
-    The sample is uniform over all tokens of the step that carry loss, on all processes, without replacement and seeded
-    by the step: a resumed run looks at the tokens that the uninterrupted one looks at. Statistics are exact over the
-    full vocabulary and are computed chunk by chunk.
-
-    Args:
-        every (`int`):
-            Steps between two looks; the first is before the first update. 0 switches the monitor off.
-        max_tokens (`int`):
-            Most tokens looked at in a step, over all processes.
-        classifier ([`TokenClassifier`]):
-            Sorts tokens into classes.
-        temperature (`float`):
-            Sampling temperature.
-        memory_budget (`int`):
-            Scratch memory in bytes, from which the chunk size follows.
-        seed (`int`):
-            Seed of the sample.
+    The sample holds at most `max_tokens` tokens of all processes. It is uniform over the tokens that carry loss,
+    without replacement, and seeded by the step, so that a resumed run measures the same tokens. The statistics are
+    exact over the full vocabulary and are computed in chunks that fit in `memory_budget` bytes.
     """
 
     def __init__(
@@ -146,8 +161,9 @@ class DecompositionMonitor(TrainerCallback):
         self.seed = seed
         self.step = 0
         self.due = False
-        self.tokens: list[dict[str, Any]] = []  # this process's tokens of the last look, for the per-token table
+        self.tokens: list[dict[str, Any]] = []  # this process's tokens of the last measured step, for the table
         self._sums: torch.Tensor | None = None
+        self._ratios: list[torch.Tensor] = []  # [n, 4]: third, class and the two ratios per token
         self._seconds = 0.0
 
     def on_step_begin(
@@ -165,24 +181,11 @@ class DecompositionMonitor(TrainerCallback):
         self, scores: TeacherScores, completion_ids: torch.Tensor, loss_mask: torch.Tensor, process: int, total: int
     ) -> dict[str, torch.Tensor]:
         """
-        Chooses the tokens to look at and keeps their frozen states.
+        Chooses the tokens to measure and keeps their frozen states, as batch-first tensors that travel to the loss.
 
-        Args:
-            scores ([`TeacherScores`]):
-                Hidden states of the contexts `"teacher"` and `"reference_only"`.
-            completion_ids (`torch.Tensor` of shape `[B, C]`):
-                Completion ids.
-            loss_mask (`torch.Tensor` of shape `[B, C]`):
-                1 at tokens that carry loss.
-            process (`int`):
-                Index of this process.
-            total (`int`):
-                Tokens that carry loss on all processes.
-
-        Returns:
-            `dict[str, torch.Tensor]`: batch-first tensors that travel with the rows to the loss; empty when this step
-            is not looked at. `decomposition_positions` `[B, K]` (-1 for none), `decomposition_groups` `[B, K, 2]`
-            (third and class), `decomposition_teacher` and `decomposition_reference_only` `[B, K, H]`.
+        `completion_ids` and `loss_mask` are `[B, C]`; `total` counts the tokens that carry loss on all processes.
+        Returns `decomposition_positions` `[B, K]` (-1 for none), `decomposition_groups` `[B, K, 2]` (third and class),
+        `decomposition_teacher` and `decomposition_reference_only` `[B, K, H]`; nothing if this step is not measured.
         """
         if not self.due:
             return {}
@@ -216,17 +219,9 @@ class DecompositionMonitor(TrainerCallback):
         self, student_hidden: torch.Tensor, student_head: LMHead, frozen_head: LMHead, inputs: Mapping[str, Any]
     ) -> None:
         """
-        Adds one micro-batch to the sums of the step. Gathers sharded heads, so all processes must call it.
+        Adds one micro-batch, with the student's last hidden states `[B, C, H]` at the completion.
 
-        Args:
-            student_hidden (`torch.Tensor` of shape `[B, C, H]`):
-                The student's last hidden states at the completion.
-            student_head ([`LMHead`]):
-                The student's head.
-            frozen_head ([`LMHead`]):
-                The frozen model's head.
-            inputs (`Mapping[str, Any]`):
-                The micro-batch, with what `sample` returned.
+        Gathers sharded heads, so all processes must call it.
         """
         if "decomposition_positions" not in inputs:
             return
@@ -253,6 +248,8 @@ class DecompositionMonitor(TrainerCallback):
                     frozen.logits(reference_only[chunk]),
                 )
                 sums += _grouped(torch.stack(stats, dim=-1), groups[chunk]).cpu()
+                ratios = torch.stack([getattr(stats, name) for name in MEDIANS.values()], dim=-1)
+                self._ratios.append(torch.cat([groups[chunk], ratios.float()], dim=-1).cpu())
                 at_label = [part.gather(-1, labels[chunk].unsqueeze(-1)).squeeze(-1) for part in parts]
                 self._remember(labels[chunk], groups[chunk], torch.stack(at_label, dim=-1))
         self._sums = sums if self._sums is None else self._sums + sums
@@ -273,24 +270,29 @@ class DecompositionMonitor(TrainerCallback):
                 }
             )
 
-    def collect(self, accelerator: "Accelerator") -> dict[str, tuple[float, float]]:
+    def collect(self, accelerator: "Accelerator") -> dict[str, tuple[float, float] | torch.Tensor]:
         """
-        Sums over all processes since the last call.
+        What was measured since the last call on all processes, by metric name; empty when nothing was.
 
-        Args:
-            accelerator ([`~accelerate.Accelerator`]):
-                Reduces over the processes.
-
-        Returns:
-            `dict[str, tuple[float, float]]`: sum and number of tokens by metric name; empty when nothing was measured.
-            `timing/decomposition_seconds` is this process's time for the micro-batch.
+        Numerator and denominator of each mean and ratio; for a median, the values of all tokens.
+        `timing/decomposition_seconds` is this process's time for the micro-batch.
         """
         if self._sums is None:
             return {}
         sums = accelerator.reduce(self._sums.float().to(accelerator.device), "sum").cpu()
-        self._sums = None
-        values, counts = sums[:, :-1].flatten().tolist(), sums[:, -1:].expand(-1, len(STATISTICS)).flatten().tolist()
-        metrics = dict(zip(DECOMPOSITION_METRICS, zip(values, counts, strict=True), strict=True))
+        # One row of padding, so that no process gathers an empty tensor
+        ratios = torch.cat([*self._ratios, torch.full((1, 4), -1.0)])
+        padded = accelerator.pad_across_processes(ratios.to(accelerator.device), dim=0, pad_index=-1)
+        ratios = accelerator.gather(padded).cpu()
+        self._sums, self._ratios = None, []
+        columns: dict[str | None, int] = {name: i for i, name in enumerate((*STATISTICS, None))}
+        metrics: dict[str, tuple[float, float] | torch.Tensor] = {}
+        for i, (group, members) in enumerate(zip(_GROUPS, _members(ratios[:, :2]), strict=True)):
+            for name, (above, below) in RATIOS.items():
+                pair = sums[i, columns[above]].item(), sums[i, columns[below]].item()
+                metrics[f"purification/{group}{name}"] = pair
+            for column, name in enumerate(MEDIANS, start=2):
+                metrics[f"purification/{group}{name}"] = ratios[members, column]
         return {**metrics, "timing/decomposition_seconds": (self._seconds, 1.0)}
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -305,13 +307,16 @@ def _rows_at(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     return hidden[torch.arange(len(hidden), device=hidden.device).unsqueeze(1), index]
 
 
+def _members(groups: torch.Tensor) -> torch.Tensor:
+    """Which tokens belong to each group, `[G, n]`, by third and class `[n, 2]`; -1 belongs to none."""
+    thirds = [groups[:, 0] == i for i in range(len(THIRDS))]
+    return torch.stack([groups[:, 0] >= 0, *thirds, *(groups[:, 1] == i for i in range(len(TOKEN_CLASSES)))])
+
+
 def _grouped(stats: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-    """Sums `[n, S]` over all tokens, each third and each class; the last column counts. `[G, S + 1]`, fp64."""
+    """Sums of `[n, S]` over the tokens of each group; the last column counts. `[G, S + 1]`, fp64."""
     stats = torch.cat([stats, torch.ones_like(stats[:, :1])], dim=1).double()
-    members = [torch.ones_like(groups[:, 0], dtype=torch.bool)]
-    members += [groups[:, 0] == i for i in range(len(THIRDS))]
-    members += [groups[:, 1] == i for i in range(len(TOKEN_CLASSES))]
-    return torch.stack(members).double() @ stats
+    return _members(groups).double() @ stats
 
 
 def _log_table(tokens: list[dict[str, Any]], args: TrainingArguments, step: int) -> None:

@@ -1,8 +1,8 @@
 """
-Does the student still think aloud: epistemic markers on the rollouts, and a guard of their rates.
+Counts epistemic markers on the rollouts, and warns when their rates change.
 
-Completions are the independent units, not tokens: a single degenerate completion holds hundreds of "Wait". The
-variance of a rate is therefore taken between completions (ratio estimator), never below that of a Poisson count.
+Completions are the independent units, not tokens: a single degenerate completion may hold hundreds of "Wait". The
+variance of a rate is therefore that between completions (ratio estimator), and at least that of a Poisson count.
 
 Shapes: N completions, M markers.
 """
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _NGRAMS = (2, 4)
-# Distance from the band that counts, in standard errors: a rate right on its edge alarms once in some 740 looks
+# Distance from the band in standard errors: a rate at its edge raises a false alarm about once in 740 steps
 _STANDARD_ERRORS = 3.0
 
 
@@ -37,11 +37,8 @@ class MarkerSums:
     """
     Sums over completions from which rates and their variances follow. They add up over steps and processes.
 
-    Attributes:
-        completions, tokens, tokens_squared (`float`):
-            Number of completions, and sums of their lengths and squared lengths in tokens.
-        counts, counts_squared, counts_tokens (`torch.Tensor` of shape `[M]`):
-            By marker, sums of the count, its square, and its product with the length.
+    `tokens` and `tokens_squared` are of the completions' lengths; `counts`, `counts_squared` and `counts_tokens` `[M]`
+    are, per marker, of its count, the square, and its product with the length.
     """
 
     completions: float
@@ -77,16 +74,7 @@ class MarkerSums:
         return MarkerSums.unpacked(self.packed() + other.packed(), len(self.counts))
 
     def rate(self, marker: int) -> tuple[float, float]:
-        """
-        Rate a token, and the variance of that estimate.
-
-        Args:
-            marker (`int`):
-                Index of the marker.
-
-        Returns:
-            `tuple[float, float]`
-        """
+        """Rate per token of a marker (its index), and the variance of that estimate."""
         count = self.counts[marker].item()
         rate = count / self.tokens
         between = (
@@ -94,25 +82,17 @@ class MarkerSums:
             - 2 * rate * self.counts_tokens[marker].item()
             + rate**2 * self.tokens_squared
         ) * (self.completions / max(self.completions - 1, 1))
-        # Half a count more, as none at all is no proof that the rate is zero
+        # Half a count more: a count of zero does not show that the rate is zero
         return rate, max(between, count + 0.5) / self.tokens**2
 
 
 class RateGuard:
     """
-    Compares the rates of the last steps with those of the first.
+    Compares the rates of the last `window` steps with those of the first.
 
-    A marker is outside its band when its rate lies more than three standard errors below `baseline / band` (collapse)
-    or above `baseline * band` (explosion); the error is that of both rates. An alarm is raised once, and again only
-    after the rate has been back inside.
-
-    Args:
-        markers (`Sequence[str]`):
-            Names, for the messages.
-        band (`float`):
-            Factor by which a rate may fall or rise.
-        window (`int`):
-            Steps over which the present rate is taken.
+    A marker is outside its band when its rate lies more than three standard errors (of both rates) below
+    `baseline / band` (collapse) or above `baseline * band` (explosion). An alarm is raised once, and again only after
+    the rate has been inside in between.
     """
 
     def __init__(self, markers: Sequence[str], band: float, window: int):
@@ -124,16 +104,7 @@ class RateGuard:
         self.outside: dict[str, str] = {}  # marker -> "below" or "above"
 
     def update(self, sums: MarkerSums) -> list[str]:
-        """
-        Takes one step's sums in.
-
-        Args:
-            sums ([`MarkerSums`]):
-                Sums over all completions of the step. The first ever become the baseline.
-
-        Returns:
-            `list[str]`: a message for each marker that has newly left its band.
-        """
+        """Adds one step, the first of which is the baseline; returns a message per marker that newly left its band."""
         if sums.tokens == 0:
             return []
         if self.baseline is None:
@@ -158,7 +129,7 @@ class RateGuard:
         before, before_variance = self.baseline.rate(index)
         for side, factor, sign in (("below", 1 / self.band, -1.0), ("above", self.band, 1.0)):
             limit = factor * before
-            # If the rate were at the limit, its count would vary like this at least
+            # At the limit the count would vary by at least this much
             variance = max(now_variance, limit / present.tokens) + factor**2 * before_variance
             if sign * (now - limit) > _STANDARD_ERRORS * math.sqrt(variance):
                 return side
@@ -171,9 +142,9 @@ class RateGuard:
         change = "has collapsed" if side == "below" else "has exploded"
         limit = before / self.band if side == "below" else before * self.band
         return (
-            f"`{name}` {change}: {now:.3g} a 1,000 tokens over the last {len(self.recent)} steps, {before:.3g} before "
-            f"training (limit {limit:.3g}). The student is changing how it thinks; look at the completions and at "
-            "purification/mass_cos_total_ref. `epistemic_guard` and `epistemic_band` set this alarm."
+            f"`{name}` {change}: {now:.3g} per 1,000 tokens over the last {len(self.recent)} steps, {before:.3g} "
+            f"before training (limit {limit:.3g}). The student's reasoning style is changing; read the completions "
+            "and purification/mass_cos_total_ref. `epistemic_guard` and `epistemic_band` configure this alarm."
         )
 
     def state(self) -> dict[str, Any]:
@@ -200,20 +171,9 @@ class EpistemicMonitor(TrainerCallback, ExportableState):
     """
     Counts epistemic markers, repetition and answers on the training rollouts, and guards the markers' rates.
 
-    The baseline is measured on the rollouts of the first step, which the model writes before its first update. The
-    guard compares the last `window` steps with it ([`RateGuard`]). Baseline, window and alarms are part of the
-    checkpoint.
-
-    Args:
-        markers (`Sequence[str]`):
-            Words or phrases to count.
-        guard (`str`, *optional*, defaults to `"warn"`):
-            `"warn"` logs a warning when a rate leaves the band, `"stop"` also saves a checkpoint and ends training,
-            `"ignore"` does nothing.
-        band (`float`, *optional*, defaults to `2.0`):
-            A rate may fall to `baseline / band` and rise to `baseline * band`.
-        window (`int`, *optional*, defaults to `10`):
-            Steps over which the present rate is taken.
+    The baseline is measured on the rollouts of the first step, which are generated before the first update. When a
+    rate leaves its band ([`RateGuard`]), `guard="warn"` logs a warning, `"stop"` also saves a checkpoint and ends
+    training, `"ignore"` does nothing. Baseline, window and alarms are part of the checkpoint.
     """
 
     def __init__(self, markers: Sequence[str], guard: str = "warn", band: float = 2.0, window: int = 10):
@@ -223,7 +183,7 @@ class EpistemicMonitor(TrainerCallback, ExportableState):
         self._observed: MarkerSums | None = None
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """State for a checkpoint."""
         return {
             "args": {
                 "markers": list(self.counter.markers),
@@ -236,7 +196,7 @@ class EpistemicMonitor(TrainerCallback, ExportableState):
 
     @property
     def saved_rates(self) -> dict[str, Any]:
-        """Baseline, window and alarms as a checkpoint holds them; assigning restores them."""
+        """Baseline, window and alarms for a checkpoint; assigning restores them."""
         return self.rates.state()
 
     @saved_rates.setter
@@ -256,20 +216,9 @@ class EpistemicMonitor(TrainerCallback, ExportableState):
         self, texts: Sequence[str], ids: Sequence[Sequence[int]], accelerator: "Accelerator", training: bool
     ) -> dict[str, tuple[float, float]]:
         """
-        Counts on the rollouts of one generation batch.
+        Counts on the rollouts of one generation batch: total and number (of tokens or completions) by metric name.
 
-        Args:
-            texts (`Sequence[str]`):
-                This process's completions, what the student wrote.
-            ids (`Sequence[Sequence[int]]`):
-                Their token ids.
-            accelerator ([`~accelerate.Accelerator`]):
-                Sums over all processes.
-            training (`bool`):
-                Whether these are training rollouts; others do not concern the guard.
-
-        Returns:
-            `dict[str, tuple[float, float]]`: total and number (of tokens, of completions) by metric name.
+        `texts` and `ids` are this process's completions. The guard ignores those that are not from training.
         """
         counts = torch.tensor([list(self.counter.count(text).values()) for text in texts], dtype=torch.float64)
         lengths = torch.tensor([len(row) for row in ids], dtype=torch.float64)
@@ -304,7 +253,7 @@ class EpistemicMonitor(TrainerCallback, ExportableState):
         self._observed = None
         if self.guard == "ignore" or not new:
             return control
-        # All processes hold the same sums, so they decide alike
+        # All processes hold the same sums, so they make the same decision
         if state.is_world_process_zero:
             for alarm in new:
                 logger.warning("Step %d: %s", state.global_step, alarm)

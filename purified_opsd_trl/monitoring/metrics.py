@@ -20,51 +20,35 @@ if TYPE_CHECKING:
 
 
 class TokenMeans:
-    """Accumulates sums and numbers of tokens between two logs."""
+    """Accumulates sums and numbers of tokens between two logs, and values of which the median is logged."""
 
     def __init__(self) -> None:
         self._sums: dict[str, list[float]] = {}
+        self._values: dict[str, list[torch.Tensor]] = {}
 
-    def add(self, sums: Mapping[str, tuple[float, float]]) -> None:
-        """
-        Adds a batch.
-
-        Args:
-            sums (`Mapping[str, tuple[float, float]]`):
-                Sum over the tokens and number of tokens, by metric name; the same on all processes.
-        """
-        for name, (total, number) in sums.items():
-            pair = self._sums.setdefault(name, [0.0, 0.0])
-            pair[0] += total
-            pair[1] += number
+    def add(self, batch: Mapping[str, tuple[float, float] | torch.Tensor]) -> None:
+        """Adds, by metric name, a numerator and a denominator (sum and number of tokens), or values `[n]`."""
+        for name, item in batch.items():
+            if isinstance(item, torch.Tensor):
+                self._values.setdefault(name, []).append(item)
+            else:
+                pair = self._sums.setdefault(name, [0.0, 0.0])
+                pair[0] += item[0]
+                pair[1] += item[1]
 
     def flush(self) -> dict[str, float]:
-        """
-        Means since the last call. A metric without a token is absent, not zero.
-
-        Returns:
-            `dict[str, float]`
-        """
+        """Ratios of the sums and medians of the values since the last call. A metric without a token is absent."""
         means = {name: total / number for name, (total, number) in self._sums.items() if number}
+        for name, parts in self._values.items():
+            if len(values := torch.cat(parts)):
+                means[name] = values.double().quantile(0.5).item()  # unlike `median`, the mean of the middle two
         self._sums.clear()
+        self._values.clear()
         return means
 
 
 def loss_sums(result: TokenLoss, num_tokens: torch.Tensor, seconds: float) -> dict[str, torch.Tensor]:
-    """
-    What one micro-batch adds to the metrics, on this process. Every process has the same keys.
-
-    Args:
-        result ([`TokenLoss`]):
-            Outcome of the loss.
-        num_tokens (`torch.Tensor`):
-            Tokens that carry loss, scalar.
-        seconds (`float`):
-            Time of the loss in seconds.
-
-    Returns:
-        `dict[str, torch.Tensor]`: scalars without gradient; `"tokens"` and `"seconds"` among them.
-    """
+    """Sums of one micro-batch on this process, scalars without gradient; every process has the same keys."""
     per_token = {
         "purification/target_entropy": result.target_entropy,
         "purification/clip_saturation": result.clip_saturation,
@@ -94,19 +78,7 @@ def clock(device: torch.device) -> float:
 def reduce_loss_sums(
     sums: Mapping[str, torch.Tensor], accelerator: "Accelerator"
 ) -> tuple[dict[str, tuple[float, float]], float]:
-    """
-    Adds `loss_sums` up over all processes.
-
-    Args:
-        sums (`Mapping[str, torch.Tensor]`):
-            This process's sums.
-        accelerator ([`~accelerate.Accelerator`]):
-            Reduces over the processes.
-
-    Returns:
-        `tuple[dict[str, tuple[float, float]], float]`: sum and number of tokens by metric name, and the mean time of
-        the processes in seconds.
-    """
+    """Adds `loss_sums` up over all processes: sum and number of tokens by name, and their mean time in seconds."""
     names = list(sums)
     # fp32: some accelerators have no fp64
     totals = accelerator.reduce(torch.stack([sums[name].float() for name in names]), "sum").tolist()
@@ -116,18 +88,7 @@ def reduce_loss_sums(
 
 
 def scoring_metrics(stats: ScoringStats, accelerator: "Accelerator") -> dict[str, float]:
-    """
-    Cost of one scoring pass over all processes.
-
-    Args:
-        stats ([`ScoringStats`]):
-            This process's cost.
-        accelerator ([`~accelerate.Accelerator`]):
-            Reduces over the processes.
-
-    Returns:
-        `dict[str, float]`: mean seconds of the processes, tokens of all of them a second, padded over real tokens.
-    """
+    """Cost of one scoring pass: mean seconds of the processes, their tokens per second, padded per real token."""
     counts = torch.tensor([stats.tokens, stats.padded_tokens, stats.seconds], dtype=torch.float32)
     tokens, padded, seconds = accelerator.reduce(counts.to(accelerator.device), "sum").tolist()
     seconds /= accelerator.num_processes

@@ -1,14 +1,12 @@
-"""
-`report.html`: what a run did, in one file in its output directory, written when training ends.
-"""
+"""`report.html`: what a run did, in one file in its output directory, written when training ends."""
 
-import importlib.metadata
+import html
 import json
 import logging
 import math
 import os
-import platform
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
@@ -16,106 +14,68 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from .page import line_chart, page, table
+from ..env import run_versions
+from .decomposition import share_in_words
+from .page import facts, line_chart, number, origin_facts, page, table, template
 
 
 logger = logging.getLogger(__name__)
 
-SAMPLES = 3  # completions kept from the first and from the last step
-_PACKAGES = (
-    "purified_opsd_trl",
-    "trl",
-    "transformers",
-    "torch",
-    "accelerate",
-    "peft",
-    "datasets",
-    "vllm",
-    "deepspeed",
-)
+SAMPLES = 3  # completions shown of the first and of the last steps
+_REMEMBERED = 16  # problems of the first step, in case one of them returns
+_LONGEST = 4000  # characters kept of a completion
+_SECRETS = frozenset({"hub_token", "push_to_hub_token", "token", "use_auth_token", "api_key", "password"})
+# Not the user's settings, or filled in by the config
+_DERIVED = frozenset({"output_dir", "run_name", "accelerator_config", "debug", "pad_to_multiple_of"})
+# Zero stands for "no such completion" in these
+_ABSENT_AT_ZERO = frozenset({"completions/mean_terminated_length"})
 
-# Chart -> what to look for, and the logged metrics it draws
-_CHARTS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "Loss": ("", ("loss", "eval_loss")),
-    "Signal against the reference": (
-        "cos_total_ref near 1: the teacher's signal is what the reference alone induces.",
-        ("purification/cos_total_ref", "purification/mass_cos_total_ref"),
-    ),
-    "Signal against the transferable part": (
-        "",
-        ("purification/cos_total_it", "purification/mass_cos_total_it"),
-    ),
-    "Size of the reference-induced part": (
-        "Above 1 it outweighs the whole signal.",
-        ("purification/norm_ratio_ref", "purification/mass_norm_ratio_ref"),
-    ),
-    "mass_cos_total_ref by position": (
-        "",
-        tuple(f"purification/{third}_third/mass_cos_total_ref" for third in ("first", "middle", "last")),
-    ),
-    "mass_cos_total_ref by token class": (
-        "",
-        tuple(f"purification/{kind}/mass_cos_total_ref" for kind in ("epistemic", "digits", "other")),
-    ),
-    "Epistemic markers a 1,000 tokens": ("A fall is collapse, a rise of one marker alone degeneration.", ()),
-    "Completion length (tokens)": (
-        "",
-        ("completions/mean_length", "completions/mean_terminated_length", "completions/max_length"),
-    ),
-    "Shares of completions": (
-        "clipped_ratio: cut at the length limit. answer_rate: states an answer.",
-        ("completions/clipped_ratio", "completions/answer_rate"),
-    ),
-    "Repetition": (
-        "Share of distinct n-grams; a fall is a loop.",
-        ("completions/distinct_2", "completions/distinct_4"),
-    ),
-    "Entropy (nats)": ("", ("entropy", "purification/target_entropy")),
-    "Divergence of the target (nats)": ("", ("purification/kl_target_student", "purification/kl_target_base")),
-}
+_COS = "purification/mass_cos_total_ref"
+_SIZE = "purification/mass_norm_ratio_ref"
+_KL = "purification/kl_target_student"
+_MARKERS, _LENGTH = "epistemic/total_per_1k", "completions/mean_length"
 
 
 class ReportCallback(TrainerCallback, ExportableState):
     """
-    Keeps a few completions of the first and of the last step, and writes `report.html` when training ends.
+    Keeps some completions of the first and of the last step, and writes `report.html` when training ends.
 
-    The file holds the curves of everything logged, the completions, the configuration and the versions. It opens
-    without a network. The first completions are part of the checkpoint.
+    The first completions are part of the checkpoint. If their problems return, the report shows the latest completions
+    of the same problems.
     """
 
     def __init__(self) -> None:
         self.early: list[dict[str, Any]] = []
         self.late: list[dict[str, Any]] = []
+        self.again: dict[str, dict[str, Any]] = {}  # latest completions of the problems in `early`
+        self.dataset: str | None = None  # its name, where the training script knows it
+        self.started = time.time()
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
-        return {"args": {}, "attributes": {"early": self.early, "late": self.late}}
+        """State for a checkpoint."""
+        return {"args": {}, "attributes": {"early": self.early, "late": self.late, "again": self.again}}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.started = time.time()
         callbacks: Any = state.stateful_callbacks or {}  # a dict by now; the annotation is that of the constructor
         saved = callbacks.get(type(self).__name__)
         if isinstance(saved, dict):
-            self.early, self.late = saved["attributes"]["early"], saved["attributes"]["late"]
+            for name, value in saved["attributes"].items():
+                setattr(self, name, value)
 
     def observe(self, step: int, prompts: Sequence[Any], texts: Sequence[str]) -> None:
-        """
-        Remembers the first completions of a generation batch.
-
-        Args:
-            step (`int`):
-                Steps done so far.
-            prompts (`Sequence[str or list[dict]]`):
-                Prompts of the rows.
-            texts (`Sequence[str]`):
-                Their completions.
-        """
-        self.late = [
-            {"step": step, "prompt": _last_turn(prompt), "completion": text}
-            for prompt, text in zip(prompts[:SAMPLES], texts[:SAMPLES], strict=True)
-        ]
-        self.early = self.early or self.late
+        """Remembers completions of a generation batch, `step` steps after the start."""
+        samples: dict[str, dict[str, Any]] = {
+            (text := _last_turn(prompt)): {"step": step, "prompt": text, "completion": _shortened(completion)}
+            for prompt, completion in zip(reversed(prompts), reversed(texts), strict=True)
+        }
+        batch = [*reversed(samples.values())]
+        self.late = batch[:SAMPLES]
+        self.early = self.early or batch[:_REMEMBERED]
+        before = [sample["prompt"] for sample in self.early if sample["step"] < step]
+        self.again |= {prompt: samples[prompt] for prompt in before if prompt in samples}
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -124,79 +84,117 @@ class ReportCallback(TrainerCallback, ExportableState):
             return
         try:
             os.makedirs(args.output_dir, exist_ok=True)
-            text = render(state.log_history, args, self.early, self.late, state.global_step)
+            about = {
+                **_model_facts(kwargs.get("model")),
+                "Dataset": _dataset_fact(self.dataset, kwargs.get("train_dataloader")),
+                "Target": _target(args),
+                **origin_facts(self.started, time.time() - self.started, run_versions()),
+            }
+            pairs = [(s, self.again[s["prompt"]]) for s in self.early if s["prompt"] in self.again][:SAMPLES]
+            early, late = zip(*pairs, strict=True) if pairs else (self.early[:SAMPLES], self.late)
+            text = render(state.log_history, args, about, early, late, state.global_step)
             Path(args.output_dir, "report.html").write_text(text, encoding="utf-8")
-        except Exception as error:  # whatever it is: the trained weights are not saved yet
+        except Exception as error:  # of any kind: the trained weights are not saved yet
             logger.warning("The training report could not be written: %r. Training itself is not affected.", error)
 
 
 def render(
     history: Sequence[dict[str, Any]],
     args: TrainingArguments,
+    about: Mapping[str, str],
     early: Sequence[dict[str, Any]],
     late: Sequence[dict[str, Any]],
     steps: int,
 ) -> str:
-    """
-    The report as HTML.
-
-    Args:
-        history (`Sequence[dict]`):
-            The trainer's log history.
-        args ([`~transformers.TrainingArguments`]):
-            The run's configuration.
-        early, late (`Sequence[dict]`):
-            Completions with `step`, `prompt` and `completion`.
-        steps (`int`):
-            Steps done.
-
-    Returns:
-        `str`
-    """
-    charts = "".join(
-        line_chart(title, _series(history, metrics or _marker_metrics(history)), description=description)
-        for title, (description, metrics) in _CHARTS.items()
+    """The report as HTML, from the trainer's log and completions (`step`, `prompt`, `completion`) of two steps."""
+    charts = "".join(  # a chart that names no metrics draws all markers
+        line_chart(c["title"], _series(history, c["metrics"] or _marker_names(history)), description=c["text"])
+        for c in json.loads(template("report.json"))
+    )
+    answers = "".join(
+        f"<li><strong>{question}</strong> {html.escape(text)}</li>" for question, text in _answers(history)
     )
     body = (
+        f'<ul class="answers">{answers}</ul>{facts(about)}'
         f'<h2>Curves</h2><div class="charts">{charts}</div>'
-        f"<h2>Completions</h2>{_samples(early, late)}"
-        f"<h2>Configuration</h2>{_configuration(args)}<h2>Versions</h2>{_versions()}"
+        f"<h2>Completions</h2>{_samples(early, late)}<h2>Settings</h2>{_settings(args)}"
     )
     return page(f"Training report: {Path(args.output_dir or '.').name}", f"{steps} steps", body)
 
 
-def _marker_metrics(history: Sequence[dict[str, Any]]) -> tuple[str, ...]:
-    names = {key: None for entry in history for key in entry if key.startswith("epistemic/")}
-    return tuple(name for name in names if name not in ("epistemic/total_per_1k", "epistemic/paper_per_1k"))
+def _answers(history: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """The three questions that a reader has, each with its answer in numbers."""
+    learned = thinking = signal = "Not measured in this run."
+    if (kl := _ends(history, _KL)) is not None:
+        learned = f"KL(target || student) {_change(*kl)} nats per token."
+    if (markers := _ends(history, _MARKERS)) is not None and (length := _ends(history, _LENGTH)) is not None:
+        wrote = f"Epistemic markers {_change(*markers)} per 1,000 tokens" if any(markers) else "It wrote no markers"
+        thinking = f"{wrote}; the mean completion length {_change(*length)} tokens."
+    if measured := [entry for entry in history if _finite(entry.get(_COS)) and _finite(entry.get(_SIZE))]:
+        last = measured[-1]
+        signal = (
+            f"At step {last['step']} the teacher's signal pointed {share_in_words(last[_COS])} along what the "
+            f"reference alone induces: weighted cos(total, ref) = {last[_COS]:.2f}. That part was {last[_SIZE]:.2f} "
+            "times as large as the signal."
+        )
+    questions = ("Did it learn?", "Did it keep thinking?", "Where does the signal come from?")
+    return list(zip(questions, (learned, thinking, signal), strict=True))
 
 
-def _series(history: Sequence[dict[str, Any]], metrics: Sequence[str]) -> dict[str, list[tuple[float, float]]]:
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _ends(history: Sequence[dict[str, Any]], metric: str) -> tuple[float, float] | None:
+    """Means over the first and the last fifth of the logged values."""
+    values = [entry[metric] for entry in history if _finite(entry.get(metric))]
+    count = max(1, len(values) // 5)
+    return (sum(values[:count]) / count, sum(values[-count:]) / count) if values else None
+
+
+def _change(before: float, after: float) -> str:
+    if abs(after - before) <= 0.05 * abs(before):
+        return f"stayed at {number(after)}"
+    return f"{'fell' if after < before else 'rose'} from {number(before)} to {number(after)}"
+
+
+def _marker_names(history: Sequence[dict[str, Any]]) -> dict[str, str]:
+    names = {
+        key: key[len("epistemic/") : -len("_per_1k")] for entry in history for key in entry if "epistemic/" in key
+    }
+    return {key: name for key, name in names.items() if name not in ("total", "paper") and not key.startswith("eval_")}
+
+
+def _series(
+    history: Sequence[dict[str, Any]], names: Mapping[str, str]
+) -> dict[str, list[tuple[float, float | None]]]:
+    def value(entry: dict[str, Any], metric: str) -> float | None:
+        found = entry[metric]
+        return found if _finite(found) and not (found == 0 and metric in _ABSENT_AT_ZERO) else None
+
     return {
-        name.split("/", 1)[-1].removesuffix("_per_1k"): [
-            (entry["step"], entry[name])
-            for entry in history
-            if isinstance(entry.get(name), int | float) and math.isfinite(entry[name])
-        ]
-        for name in metrics
+        name: [(entry["step"], value(entry, metric)) for entry in history if metric in entry]
+        for metric, name in names.items()
     }
 
 
 def _samples(early: Sequence[dict[str, Any]], late: Sequence[dict[str, Any]]) -> str:
-    from html import escape
+    same = [sample["prompt"] for sample in early] == [sample["prompt"] for sample in late]
+    note = "The same problems." if same else "Different problems: none of the first returned in a later step."
 
     def column(title: str, samples: Sequence[dict[str, Any]]) -> str:
         items = "".join(
-            f"<h4>{escape(_shortened(sample['prompt'], 200))}</h4>"
-            f'<pre tabindex="0">{escape(_shortened(sample["completion"], 4000))}</pre>'
+            f"<h4>{html.escape(_shortened(sample['prompt'], 200))}</h4>"
+            f'<pre tabindex="0">{html.escape(sample["completion"])}</pre>'
             for sample in samples
         )
         step = f" (after {samples[0]['step']} steps)" if samples else ""
         return f"<section><h3>{title}{step}</h3>{items}</section>"
 
-    return f'<div class="pair">{column("Early", early)}{column("Late", late)}</div>'
+    return f'<p>{note}</p><div class="pair">{column("Early", early)}{column("Late", late)}</div>'
 
 
-def _shortened(text: str, length: int) -> str:
+def _shortened(text: str, length: int = _LONGEST) -> str:
     return text if len(text) <= length else text[:length] + f" … ({len(text) - length} characters more)"
 
 
@@ -207,17 +205,45 @@ def _last_turn(prompt: Any) -> str:
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
-def _configuration(args: TrainingArguments) -> str:
-    values = args.to_dict()  # masks tokens
+def _model_facts(model: Any) -> dict[str, str]:
+    adapters = getattr(model, "peft_config", {}).values()
+    return {
+        "Model": str(getattr(getattr(model, "config", None), "_name_or_path", "")),
+        "Adapter": ", ".join(
+            f"{getattr(a.peft_type, 'value', a.peft_type).replace('LORA', 'LoRA')}, rank {getattr(a, 'r', '?')}"
+            for a in adapters
+        )
+        or "none (all weights are trained)",
+    }
+
+
+def _dataset_fact(name: str | None, dataloader: Any) -> str:
+    dataset: Any = getattr(dataloader, "dataset", None)
+    name = name or getattr(getattr(dataset, "info", None), "dataset_name", None) or "in memory"
+    return f"{name}, {len(dataset):,} rows" if hasattr(dataset, "__len__") else f"{name}, streamed"
+
+
+def _target(args: Any) -> str:
+    if args.target == "teacher":
+        return "teacher (plain on-policy self-distillation)"
+    return f"{args.target}, pmi_beta {args.pmi_beta}, pmi_clip {args.pmi_clip}"
+
+
+def _settings(args: TrainingArguments) -> str:
+    values = {key: _public(value) for key, value in args.to_dict().items() if key not in _SECRETS}
     fields = args.__dataclass_fields__
-    changed = [(k, _text(v)) for k, v in values.items() if k in fields and v != _default(fields[k])]
-    everything = [(k, _text(v)) for k, v in values.items()]
+    changed = [(k, _text(v)) for k, v in values.items() if k in fields.keys() - _DERIVED and v != _default(fields[k])]
     return (
         table(changed, ("setting", "value"), "Settings other than their default")
         + "<details><summary>All settings</summary>"
-        + table(everything, ("setting", "value"), "All settings")
+        + table([(k, _text(v)) for k, v in values.items()], ("setting", "value"), "All settings")
         + "</details>"
     )
+
+
+def _public(value: Any) -> Any:
+    """Nested settings without credentials."""
+    return {k: _public(v) for k, v in value.items() if k not in _SECRETS} if isinstance(value, dict) else value
 
 
 def _default(field: Any) -> Any:
@@ -226,13 +252,3 @@ def _default(field: Any) -> Any:
 
 def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
-
-
-def _versions() -> str:
-    rows = [("python", platform.python_version())]
-    for name in _PACKAGES:
-        try:
-            rows.append((name, importlib.metadata.version(name)))
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return table(rows, ("package", "version"), "Versions")

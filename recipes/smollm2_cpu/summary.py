@@ -126,7 +126,7 @@ def print_log(output_dir: Path) -> None:
 
 def print_decomposition(parts: Decomposition, probabilities: torch.Tensor) -> None:
     """
-    Cosines and norms over the vocabulary, averaged over the tokens.
+    Cosines averaged over the tokens, and norm ratios.
 
     The plain ones are dominated by the tail of the vocabulary, which is never sampled; the others weight each entry by
     the student's probability.
@@ -136,8 +136,11 @@ def print_decomposition(parts: Decomposition, probabilities: torch.Tensor) -> No
     for name in ("ref", "it"):
         cosines = [torch.cosine_similarity(d.total, getattr(d, name), dim=-1).mean() for d in (parts, weighted)]
         print(f"  {f'cos(total, {name})':34}{cosines[0]:10.3f}{cosines[1]:10.3f}")
-    ratios = [(d.ref.norm(dim=-1) / d.total.norm(dim=-1)).mean() for d in (parts, weighted)]
-    print(f"  {'|ref| / |total|':34}{ratios[0]:10.3f}{ratios[1]:10.3f}")
+    norms = [(d.ref.norm(dim=-1), d.total.norm(dim=-1)) for d in (parts, weighted)]
+    # Not a mean of ratios: where teacher and student agree, a ratio's denominator is close to zero
+    print(f"  {'mean |ref| / mean |total|':34}" + "".join(f"{ref.sum() / total.sum():10.3f}" for ref, total in norms))
+    medians = (ref.div(total).quantile(0.5) for ref, total in norms)
+    print(f"  {'median of |ref| / |total|':34}" + "".join(f"{median:10.3f}" for median in medians))
 
 
 def print_text(title: str, text: str) -> None:

@@ -74,9 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", default=".cache/smollm2-135m-instruct")
     parser.add_argument("--data", type=Path, default=Path(".cache/gsm_symbolic/test.jsonl"))
-    parser.add_argument(
-        "--problems", type=int, default=16, help="the first half are scored too"
-    )
+    parser.add_argument("--problems", type=int, default=16, help="the first half are scored too")
     parser.add_argument("--max_completion_length", type=int, default=120)
     parser.add_argument("--batch_size", type=int, default=8)
     args = parser.parse_args()
@@ -103,7 +101,7 @@ def main() -> None:
             for a, row in zip(answers, rows, strict=True)
         ]
         signals[order] = [
-            signal(backend, {"base": c.question, "teacher": c.teacher, "reference_only": c.reference_only}, s.ids)
+            signal(backend, {"base": c.base, "teacher": c.teacher, "reference_only": c.reference_only}, s.ids)
             for c, s in zip(contexts, scored, strict=False)
         ]
         print(f"{order}: accuracy of the teacher's greedy answers {show(right)} on {len(rows)} problems", flush=True)

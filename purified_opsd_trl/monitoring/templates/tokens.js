@@ -34,11 +34,11 @@
     }));
     selected = -1;
     pinned = false;
-    colour();
+    color();
     select(0, false);
   }
 
-  function colour() {
+  function color() {
     const values = current[mode()];
     [...box.children].forEach((node, i) => {
       node.className = "tok " + bin(values[i]);
@@ -140,7 +140,7 @@
     pinned = true;
     select(Math.min(Math.max(moves[event.key](), 0), current.pieces.length - 1), true);
   });
-  document.querySelectorAll("input[name=mode]").forEach((input) => input.addEventListener("change", colour));
+  document.querySelectorAll("input[name=mode]").forEach((input) => input.addEventListener("change", color));
   student.addEventListener("change", listSamples);
   sample.addEventListener("change", showSample);
   student.replaceChildren(...data.students.map((s) => element("option", s.label)));

@@ -1,0 +1,90 @@
+"""Arguments of `purified-opsd diagnose`."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..arguments import CommandParser, check_types
+from ..config import DEFAULT_REFERENCE_PROMPT_TEMPLATE, DEFAULT_TEACHER_PROMPT_TEMPLATE
+from ..errors import InputError
+from ..markers import DEFAULT_MARKERS
+
+
+RENAMED = {
+    "model": "model_name_or_path",
+    "dataset": "dataset_name",
+    "prompt_column": "dataset_prompt_column",
+    "reference_column": "dataset_reference_column",
+    "markers": "epistemic_markers",
+    "max_new_tokens": "max_completion_length",
+}
+
+
+def _option(help: str, **kwargs: Any) -> Any:
+    return field(metadata={"help": help}, **kwargs)
+
+
+@dataclass
+class DiagnoseArguments:
+    """What to diagnose, and how. Each option's help text describes it; an invalid value raises an [`InputError`]."""
+
+    model_name_or_path: str = _option("Model id or path: the frozen base, and the student unless others are named.")
+    dataset_name: str = _option("File (json, jsonl, parquet), folder or hub id.")
+    adapter: list[str] = _option("Adapters on the model, each a student.", default_factory=list)
+    checkpoints: list[str] = _option("Run directories (all their checkpoints) or checkpoints.", default_factory=list)
+    dataset_config: str | None = _option("Configuration of a hub dataset.", default=None)
+    dataset_split: str = _option("Split of the dataset.", default="train")
+    dataset_prompt_column: str = _option("Column that holds the problem.", default="prompt")
+    dataset_reference_column: str = _option("Column that holds the worked solution.", default="reference")
+    system_prompt: str | None = _option("System turn put before text prompts.", default=None)
+    text_prompts: bool = _option("Leave text prompts as text, without chat template.", default=False)
+    teacher_prompt_template: str = _option("As in training.", default=DEFAULT_TEACHER_PROMPT_TEMPLATE)
+    reference_prompt_template: str = _option("As in training.", default=DEFAULT_REFERENCE_PROMPT_TEMPLATE)
+    chat_template_kwargs: dict[str, Any] | str | None = _option("Chat template arguments, as JSON.", default=None)
+    num_samples: int = _option("Problems, drawn at random. The paper uses 100.", default=100)
+    num_pages: int = _option("Samples on the per-token page.", default=8)
+    alternatives: int = _option("Likely tokens shown of each distribution.", default=5)
+    max_completion_length: int = _option("Longest completion, in tokens.", default=1024)
+    temperature: float = _option("Sampling temperature; it also divides all logits, as in training.", default=1.0)
+    batch_size: int = _option("Completions drawn at once.", default=8)
+    dtype: str = _option("Dtype of the weights.", default="auto")
+    seed: int = _option("Seed of the choice of problems and of the completions.", default=0)
+    epistemic_markers: list[str] = _option("Words to count.", default_factory=lambda: list(DEFAULT_MARKERS))
+    output_dir: str = _option("Folder to write to.", default="diagnosis")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.chat_template_kwargs, str):
+            try:
+                self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
+            except json.JSONDecodeError as error:
+                raise InputError(f"`chat_template_kwargs` is not JSON: {error}.") from None
+        check_types(self)
+        for name in ("num_samples", "max_completion_length", "alternatives", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.num_pages < 0:
+            raise InputError(f"`num_pages` must be 0 or more, got {self.num_pages}.")
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise InputError(f"`temperature` must be positive, got {self.temperature}.")
+        if not all(marker.strip() for marker in self.epistemic_markers):
+            raise InputError("`epistemic_markers` must not list empty words.")
+
+    @property
+    def template_kwargs(self) -> dict[str, Any]:
+        """Arguments of the chat template."""
+        given: Any = self.chat_template_kwargs or {}
+        return given
+
+
+def make_parser(prog: str = "purified-opsd diagnose") -> CommandParser:
+    """Parser of the command line."""
+    description = "Measure what a plain teacher's signal consists of, for a model or along the checkpoints of a run."
+    return CommandParser([DiagnoseArguments], prog=prog, description=description, renamed=RENAMED)
+
+
+def parse(argv: Sequence[str]) -> DiagnoseArguments:
+    """Arguments of a command line."""
+    (args,) = make_parser().parse(argv)
+    return args
