@@ -18,12 +18,12 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 from xml.etree import ElementTree
 
 import torch
 
-from ..arguments import CommandParser, check_types
+from ..arguments import check_types
 from ..env import environment
 from ..errors import InputError
 from . import main, measure
@@ -42,6 +42,7 @@ _TITLES = {
     "long": "LoRA of rank 16 at 16,384 tokens",
 }
 _NOTES = {
+    "train": "The demo's model, if `make demo` has put it into .cache; else random weights.",
     "step": "MFU: model FLOPs, without recomputation, by the rate of a large matrix product in the same process.",
     "long": "Public trainers report 13,300 (0.6B) and 6,200 (4B) tokens per second for one model and one context. A "
     "purified step makes four passes: one quarter of these figures compares with the tokens per second here.",
@@ -56,6 +57,8 @@ _TOY_STEP = (
 @dataclass
 class GpuArguments:
     """Run everything that only a GPU can show, and write one report."""
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"h100": {}, "toy": {}}
 
     preset: Literal["h100", "toy"] = option("h100", "toy: the same parts on a CPU, at sizes that show nothing.")
     output_dir: str = option("outputs/gpu", "Folder of REPORT.md, report.json and the logs.")
@@ -96,7 +99,7 @@ def commands(args: GpuArguments) -> list[Command]:
     def bench(part: str, name: str, words: str, *more: str) -> None:
         folder = out / f"{part}-{name}".replace(" ", "-")
         argv = ["purified_opsd_trl.cli", "bench", *words.split(), *more, "--output_dir", str(folder)]
-        made.append(Command(part, name, argv, lambda _: _bench_table(folder / f"{words.split()[0]}.json")))
+        made.append(Command(part, name, argv, lambda _: bench_table(folder / f"{words.split()[0]}.json")))
 
     selected = ["-k", "loss_memory and cpu"] if toy else ["-m", "gpu", "tests/test_kernels.py"]
     argv = ["pytest", "-q", _TESTS, *selected, f"--junit-xml={out / 'tests.xml'}"]
@@ -132,7 +135,7 @@ def _training(toy: bool, out: Path) -> Command:
         **{"learning_rate": 5e-4, "lr_scheduler_type": "constant", "logging_steps": 1, "disable_tqdm": True},
     }
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    name = "SmolLM2-135M-Instruct" if demo else "random weights (the demo's files are not in .cache)"
+    name = "SmolLM2-135M-Instruct" if demo else "random weights"
 
     def read(_: Path) -> measure.Table:
         (state,) = (out / "train").glob("checkpoint-*/trainer_state.json")
@@ -150,11 +153,12 @@ def _write_random_model(folder: Path) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         made = Bench(sizes, torch.device("cpu"), folder)
         made.model().save_pretrained(folder)
+    made.tokenizer.chat_template = "{% for turn in messages %}{{ turn.content }} {% endfor %}"
     made.tokenizer.save_pretrained(folder)
     made.dataset.to_json(folder / "rows.jsonl")
 
 
-def _bench_table(path: Path) -> measure.Table:
+def bench_table(path: Path) -> measure.Table:
     report = json.loads(path.read_text())
     for name, one in report["contenders"].items():
         if one["error"] is not None and name.startswith("ours"):
@@ -214,9 +218,7 @@ def report(done: list[Command], found: dict[str, str]) -> str:
 
 def run(argv: Sequence[str]) -> int:
     """Runs the parts; the exit status is 1 if one of them failed."""
-    args: GpuArguments
-    parser = CommandParser([GpuArguments], "purified-opsd bench gpu", GpuArguments.__doc__, renamed=measure.RENAMED)
-    (args,) = parser.parse(argv)
+    args = measure.parse(GpuArguments, argv)
     deadline, out = time.monotonic() + 60 * args.time_limit, Path(args.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     done, found = commands(args), environment()

@@ -78,7 +78,7 @@ class BenchArguments:
         return device
 
 
-Arguments = TypeVar("Arguments", bound=BenchArguments)
+Arguments = TypeVar("Arguments")
 
 
 def parse(kind: type[Arguments], argv: Sequence[str]) -> Arguments:
@@ -90,7 +90,7 @@ def parse(kind: type[Arguments], argv: Sequence[str]) -> Arguments:
 
     (first,) = parser().parse(argv)
     over_preset = parser()
-    over_preset.set_defaults(**kind.PRESETS[first.preset])
+    over_preset.set_defaults(**kind.PRESETS[first.preset])  # type: ignore[attr-defined]
     (args,) = over_preset.parse(argv)
     return args
 
