@@ -122,7 +122,23 @@ def test_naive_formula_runs_on_as_many_tokens_as_fit(monkeypatch: pytest.MonkeyP
         assert float(row.split("|")[4]) == pytest.approx(ratio, abs=0.006)
 
 
-# A whole step --------------------------------------------------------------------------------------------------------
+def test_naive_formula_that_runs_out_of_memory_takes_fewer_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    work, real, seen = workload(), bench_loss._naive, []
+
+    def small_memory(work: bench_loss.Workload, tokens: int, function: Any) -> torch.Tensor:
+        seen.append(tokens)
+        if tokens > 1:
+            raise torch.OutOfMemoryError
+        return real(work, tokens, function)
+
+    monkeypatch.setattr(bench_loss, "_naive", small_memory)
+    naive = next(one for one in bench_loss.make_contenders(work, compiled=False) if one.name == "naive purified")
+    alternate([naive], 2, CPU)
+    assert seen == [7, 3, 1, 1, 1] and naive.error is None and len(naive.seconds) == 2
+    assert (naive.share, naive.flops) == (1 / 7, 5 * work.product / 7)
+
+
+# A complete step -----------------------------------------------------------------------------------------------------
 
 MODEL = ["--num_hidden_layers", "1", "--hidden_size", "32", "--intermediate_size", "96", "--head_dim", "16"]
 MODEL += ["--num_attention_heads", "2", "--num_key_value_heads", "1", "--vocab_size", "1100"]

@@ -186,7 +186,7 @@ def test_scoring_memory_follows_the_token_budget(build: Callable[..., PurifiedOP
 
     peak(8)
     few, many = peak(16), peak(64)
-    # No logits are formed, and eight times the rows of a forward take no more than one forward's
+    # No logits are formed, and four times the rows take no more than their kept states
     assert many < 4 * budget * vocab / 2
     if device == "cuda":  # a CPU's allocator gives back when it likes
         assert many <= 1.1 * few + MIB

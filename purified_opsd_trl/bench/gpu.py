@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -31,16 +32,15 @@ from .measure import option
 from .step import CONTENDERS, Bench, StepArguments
 
 
-PARTS = ("tests", "train", "loss", "step", "long")
-_TESTS = "tests/test_gpu.py"
-_DEMO = Path(".cache/smollm2-135m-instruct"), Path(".cache/gsm_symbolic")
-_TITLES = {
+PARTS = {
     "tests": "Tests that need a GPU",
     "train": "A training run in bf16",
     "loss": "The loss",
     "step": "Optimization steps of the paper's batch and lengths",
     "long": "LoRA of rank 16 at 16,384 tokens",
 }
+_TESTS = "tests/test_gpu.py"
+_DEMO = Path(".cache/smollm2-135m-instruct"), Path(".cache/gsm_symbolic")
 _NOTES = {
     "train": "The demo's model, if `make demo` has put it into .cache; else random weights.",
     "step": "MFU: model FLOPs, without recomputation, by the rate of a large matrix product in the same process.",
@@ -187,7 +187,7 @@ def execute(command: Command, out: Path, deadline: float, in_process: bool) -> N
                     main(command.argv[2:])
             else:
                 argv, limit = [sys.executable, "-m", *command.argv], deadline - began
-                subprocess.run(argv, stdout=file, stderr=subprocess.STDOUT, timeout=limit, check=True)
+                subprocess.run(argv, stdout=file, stderr=subprocess.STDOUT, timeout=limit, check=True, env=_environ())
         command.table = command.read(out)
         command.status = "ok"
     except subprocess.TimeoutExpired:
@@ -200,6 +200,12 @@ def execute(command: Command, out: Path, deadline: float, in_process: bool) -> N
     command.seconds = time.monotonic() - began
 
 
+def _environ() -> dict[str, str]:
+    """No network, and one GPU: on several the trainer would spread itself."""
+    device = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": device}
+
+
 def report(done: list[Command], found: dict[str, str]) -> str:
     """The Markdown report: device and versions, status, a table per part, and the command of each row."""
     lines = ["# What a GPU shows", "", *(f"- {name}: {text}" for name, text in found.items()), ""]
@@ -207,7 +213,7 @@ def report(done: list[Command], found: dict[str, str]) -> str:
     status += [[str(i), c.part, c.name, f"{c.seconds:.0f}", c.status] for i, c in enumerate(done, 1)]
     lines += measure.markdown(status)
     for part in dict.fromkeys(command.part for command in done):
-        lines += ["", f"## {_TITLES[part]}", "", *([_NOTES[part], ""] if part in _NOTES else [])]
+        lines += ["", f"## {PARTS[part]}", "", *([_NOTES[part], ""] if part in _NOTES else [])]
         tables = [(i, c) for i, c in enumerate(done, 1) if c.part == part and c.table]
         for i, command in tables[:1]:
             rows = [[str(i), c.name, *row] for i, c in tables for row in c.table[1:]]

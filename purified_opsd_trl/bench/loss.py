@@ -7,6 +7,7 @@ ends with the gradient of the student's, and of the head's weight where the head
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -116,9 +117,18 @@ def make_contenders(work: Workload, compiled: bool) -> list[Contender]:
 
     def naive(name: str, function: Callable[..., Tensor]) -> Contender:
         tokens = naive_tokens(work)
-        made = contender(name, lambda: _naive(work, tokens, function), 5 + head)
-        made.share = tokens / count or 1.0
-        made.flops = (made.flops or 0.0) * made.share
+
+        def run() -> None:
+            nonlocal tokens
+            while True:
+                made.share = tokens / count or 1.0
+                made.flops = (5 + head) * work.product * made.share
+                with contextlib.suppress(torch.OutOfMemoryError):
+                    return _naive(work, tokens, function).backward()
+                tokens //= 2
+                work.clear()
+
+        made = Contender(name, run, prepare=work.clear)
         return made
 
     contenders = [

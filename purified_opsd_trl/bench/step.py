@@ -34,19 +34,14 @@ _SPECIAL = ("<unk>", "<pad>", "<eos>")
 CONTENDERS = {"ours purified": "purified", "ours plain": "teacher", "TRL SDFT plain": "sdft"}
 
 
-def _gpu(**sizes: int) -> dict[str, Any]:
-    """A Qwen3 model in bf16, batch and lengths of the paper."""
+def _qwen3(layers: int, hidden: int, intermediate: int, heads: int) -> dict[str, Any]:
+    """The shape of a Qwen3 model in bf16, but for the tied head of all; batch and lengths of the paper."""
     return {
-        **{"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "dtype": "bfloat16", "device": "cuda"},
+        **{"num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": intermediate},
+        **{"num_attention_heads": heads, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936},
         **{"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4, "gradient_checkpointing": True},
-        **{"prompt_length": 256, "reference_length": 1024, "completion_length": 1024, "lora_r": 64, **sizes},
-    }
-
-
-def _sizes(layers: int, hidden: int, intermediate: int, heads: int) -> dict[str, int]:
-    return {
-        **{"num_hidden_layers": layers, "hidden_size": hidden},
-        **{"intermediate_size": intermediate, "num_attention_heads": heads},
+        **{"prompt_length": 256, "reference_length": 1024, "completion_length": 1024, "lora_r": 64},
+        **{"dtype": "bfloat16", "device": "cuda"},
     }
 
 
@@ -56,11 +51,11 @@ class StepArguments(measure.BenchArguments):
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "cpu": {},
-        "Qwen3-0.6B": _gpu(**_sizes(28, 1024, 3072, 16)),
-        "Qwen3-1.7B": _gpu(**_sizes(28, 2048, 6144, 16)),
-        "Qwen3-4B": _gpu(**_sizes(36, 2560, 9728, 32)),
-        "Qwen3-8B": _gpu(**_sizes(36, 4096, 12288, 32)),  # whose head is tied here
-        "gpu": _gpu(**_sizes(36, 4096, 12288, 32)),
+        "Qwen3-0.6B": _qwen3(28, 1024, 3072, 16),
+        "Qwen3-1.7B": _qwen3(28, 2048, 6144, 16),
+        "Qwen3-4B": _qwen3(36, 2560, 9728, 32),
+        "Qwen3-8B": _qwen3(36, 4096, 12288, 32),
+        "gpu": _qwen3(36, 4096, 12288, 32),
     }
 
     num_hidden_layers: int = option(2, "Decoder layers.")
