@@ -268,9 +268,7 @@ def test_gpu_names_our_contender_that_failed(tmp_path: Path) -> None:
     def error_of(**errors: str | None) -> str | None:
         contenders = {name.replace("_", " "): {"error": error} for name, error in errors.items()}
         (tmp_path / "x.json").write_text(json.dumps({"contenders": contenders, "table": [["contender"]]}))
-        command = gpu.Command(
-            "loss", "x", ["purified_opsd_trl.cli", "--help"], lambda out: gpu.bench_table(out / "x.json")
-        )
+        command = gpu.Command("loss", "x", ["json.tool", "--help"], lambda out: gpu.bench_table(out / "x.json"))
         gpu.execute(command, tmp_path, float("inf"), in_process=False)
         return command.status
 

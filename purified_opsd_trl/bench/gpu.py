@@ -138,7 +138,8 @@ def _training(toy: bool, out: Path) -> Command:
     name = "SmolLM2-135M-Instruct" if demo else "random weights"
 
     def read(_: Path) -> measure.Table:
-        (state,) = (out / "train").glob("checkpoint-*/trainer_state.json")
+        states = (out / "train").glob("checkpoint-*/trainer_state.json")
+        state = max(states, key=lambda path: path.stat().st_mtime)  # an earlier run may have left another
         logs = [entry for entry in json.loads(state.read_text())["log_history"] if "loss" in entry]
         kl = "purification/kl_target_student"
         columns = {"loss": "loss", "KL(target || student)": kl, "scoring, s": "scoring/seconds"}
@@ -195,7 +196,8 @@ def execute(command: Command, out: Path, deadline: float, in_process: bool) -> N
     except subprocess.CalledProcessError as error:
         command.status = f"failed: exit status {error.returncode}, see {log.name}"
     except Exception as error:  # a benchmark, or a file that it did not write
-        log.open("a", encoding="utf-8").write(traceback.format_exc())
+        with log.open("a", encoding="utf-8") as file:
+            traceback.print_exc(file=file)
         command.status = f"failed: {' '.join(f'{type(error).__name__}: {error}'.split())}"
     command.seconds = time.monotonic() - began
 
