@@ -6,6 +6,8 @@
 #   make test-distributed   every backend and teacher in real processes, DeepSpeed included (long)
 #   make test-faults     kills at random points, signals, full disks, ranks that die
 #   make test-vllm   rollouts of a real vLLM on the CPU, in an environment of its own (.venv-vllm)
+#   make gpu     everything that only a GPU can show, into outputs/gpu/REPORT.md; installs nothing: PYTHON (python3)
+#                must have a CUDA torch and this package's dependencies, see docs/gpu.md    ARGS="--parts loss step"
 #   make lint    ruff and mypy
 #   make lint-workflows     the workflows of .github, by actionlint (installs it)
 #   make docs    the documentation site, into docs/site; a warning is an error
@@ -22,7 +24,7 @@ export PYTHON
 # With other work on the machine, a thread that spins while it waits starves the one it waits for.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo lab test test-numerics test-faults test-distributed test-vllm lint lint-workflows docs clean
+.PHONY: help demo lab test test-numerics test-faults test-distributed test-vllm gpu lint lint-workflows docs clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -79,6 +81,9 @@ test-distributed: .venv/.distributed-installed
 
 test-vllm: .venv-vllm/.installed
 	.venv-vllm/bin/python -m pytest tests/vllm_engine -m vllm $(ARGS)
+
+gpu:
+	$(PYTHON) -m purified_opsd_trl.cli bench gpu $(ARGS)
 
 lint: .venv/.dev-installed
 	$(BIN)/ruff check .

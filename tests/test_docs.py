@@ -20,6 +20,7 @@ from trl.experimental.sdft import SDFTConfig
 from trl.trainer.base_config import _BaseConfig
 
 from purified_opsd_trl import PurifiedOPSDConfig, diagnose, evaluate
+from purified_opsd_trl.bench import measure
 from purified_opsd_trl.loading import PurifiedOPSDScriptArguments
 from purified_opsd_trl.train import make_parser
 
@@ -118,7 +119,8 @@ def _purified_opsd(words: list[str]) -> None:
     if command == "train":
         _train(rest)
     elif command == "bench":
-        importlib.import_module(f"purified_opsd_trl.bench.{rest[0]}").make_parser().parse_args(rest[1:])
+        module = importlib.import_module(f"purified_opsd_trl.bench.{rest[0]}")
+        measure.parse(getattr(module, f"{rest[0].title()}Arguments"), rest[1:])
     elif command == "evaluate":
         evaluate.make_parser().parse(rest)
     else:

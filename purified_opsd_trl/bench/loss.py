@@ -1,5 +1,5 @@
 """
-`purified-opsd bench loss`: forward and backward of the loss on random states, ours beside the other ways to get it.
+`purified-opsd bench loss`: forward and backward of the loss on random states, beside other implementations.
 
 Shapes: N tokens, H hidden units, V vocabulary entries. Every contender starts from last hidden states `[N, H]` and
 ends with the gradient of the student's, and of the head's weight where the head is trainable.
@@ -7,11 +7,12 @@ ends with the gradient of the student's, and of the head's weight where the head
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -20,31 +21,33 @@ from ..head import LMHead
 from ..kernels.settings import LossSettings
 from ..loss import FrozenStates, token_loss
 from ..purification import divergence, purified_target_logits
-from .measure import (
-    CLOCKS,
-    Contender,
-    Measurement,
-    add_common_arguments,
-    alternate,
-    as_json,
-    environment,
-    markdown_table,
-    parse,
-    select,
-    show_bytes,
-    show_ratio,
-    show_time,
-    write_report,
-)
+from . import measure
+from .measure import Contender, option
 
 
-PRESETS = {
-    "cpu": {"tokens": 512, "hidden": 512, "vocab": 32768, "dtype": "float32", "device": "cpu"},
-    "gpu": {"tokens": 8192, "hidden": 4096, "vocab": 151936, "dtype": "bfloat16", "device": "cuda"},
-}
-
-# Rows [V] of fp32 that the dense formula holds at its worst, per token; measured, and only used to refuse it early.
+# Rows [V] of fp32 that the dense formula holds at its worst, per token; measured, and only used to make it fit.
 _NAIVE_ROWS = 14
+
+
+@dataclass
+class LossArguments(measure.BenchArguments):
+    """Time forward and backward of the loss: this package, the dense formula, TRL's kernel, Liger's."""
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "cpu": {},
+        "gpu": {"tokens": 8192, "hidden_size": 4096, "vocab_size": 151936, "dtype": "bfloat16", "device": "cuda"},
+    }
+
+    tokens: int = option(512, "N")
+    hidden_size: int = option(512, "H")
+    vocab_size: int = option(32768, "V")
+    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "Dtype of states and heads.")
+    head: Literal["frozen", "trainable"] = option("frozen", "As in LoRA, or as in full fine-tuning.")
+    beta: float = option(0.5, "Interpolation of the divergence.")
+    logit_std: float = option(3.0, "Standard deviation of the logits.")
+    loss_chunk_size: int | None = option(None, "Tokens of one chunk. None: from the memory budget.")
+    loss_memory_budget: int = option(512, "Scratch memory of the loss in MiB.")
+    torch_compile: bool = option(False, "Also compile the dense formula, and Liger's loss.")
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class Workload:
         self.student.grad = self.student_weight.grad = None
 
 
-def make_workload(args: argparse.Namespace, device: torch.device) -> Workload:
+def make_workload(args: LossArguments, device: torch.device) -> Workload:
     """Random states: the student near the base, teacher and reference-only state a little further away."""
     dtype = getattr(torch, args.dtype)
     generator = torch.Generator(device).manual_seed(args.seed)
@@ -83,9 +86,11 @@ def make_workload(args: argparse.Namespace, device: torch.device) -> Workload:
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
         return torch.randn(shape, generator=generator, device=device).mul_(scale)
 
-    base = normal(args.tokens, args.hidden)
-    student, teacher, probe = (base + normal(args.tokens, args.hidden, scale=s) for s in (0.2, 0.3, 0.3))
-    weight = normal(args.vocab, args.hidden, scale=args.logit_std / math.sqrt(args.hidden)).to(dtype)
+    states = (args.tokens, args.hidden_size)
+    base = normal(*states)
+    student, teacher, probe = (base + normal(*states, scale=s) for s in (0.2, 0.3, 0.3))
+    scale = args.logit_std / math.sqrt(args.hidden_size)
+    weight = normal(args.vocab_size, args.hidden_size, scale=scale).to(dtype)
     trainable = args.head == "trainable"
     return Workload(
         student=student.to(dtype).requires_grad_(),
@@ -96,29 +101,46 @@ def make_workload(args: argparse.Namespace, device: torch.device) -> Workload:
         reference_only=probe.to(dtype),
         delta=(teacher - probe).to(dtype),
         weights=torch.full((args.tokens,), 1 / args.tokens, device=device),
-        settings=LossSettings(beta=args.beta, loss_chunk_size=args.chunk_size, loss_memory_budget=args.memory_budget),
+        settings=LossSettings(
+            beta=args.beta, loss_chunk_size=args.loss_chunk_size, loss_memory_budget=args.loss_memory_budget
+        ),
     )
 
 
 def make_contenders(work: Workload, compiled: bool) -> list[Contender]:
     """All contenders, with the matrix products that each of them owes."""
     mixed = 0.0 < work.settings.beta < 1.0
-    head = int(work.trainable)
+    head, count = int(work.trainable), len(work.student)
 
     def contender(name: str, loss: Callable[[], Tensor], products: int) -> Contender:
         return Contender(name, lambda: loss().backward(), products * work.product, work.clear)
 
+    def naive(name: str, function: Callable[..., Tensor]) -> Contender:
+        tokens = naive_tokens(work)
+
+        def run() -> None:
+            nonlocal tokens
+            while True:
+                made.share = tokens / count or 1.0
+                made.flops = (5 + head) * work.product * made.share
+                with contextlib.suppress(torch.OutOfMemoryError):
+                    return _naive(work, tokens, function).backward()
+                tokens //= 2
+                work.clear()
+
+        made = Contender(name, run, prepare=work.clear)
+        return made
+
     contenders = [
         contender("ours purified", lambda: _ours(work, "purified"), 4 + head),
         contender("ours plain", lambda: _ours(work, "teacher"), 3 + head),
-        contender("naive purified", lambda: _naive(work), 5 + head),
+        naive("naive purified", _naive_loss),
         # logits of both models for the statistics, again for the mixture, again for the gradient, then its product
         contender("TRL plain", lambda: _trl(work), (7 if mixed else 5) + head),
         contender("Liger plain", lambda: _liger(work, compiled), 4),  # forms the head's gradient in any case
     ]
     if compiled:
-        naive = torch.compile(_naive_loss)
-        contenders.insert(3, contender("naive purified, compiled", lambda: _naive(work, naive), 5 + head))
+        contenders.insert(3, naive("naive purified, compiled", torch.compile(_naive_loss)))
     return [*contenders, _matrix_products(work)]
 
 
@@ -141,23 +163,31 @@ def _naive_loss(
     return divergence(student @ student_weight.T, target, beta)
 
 
-def _naive(work: Workload, function: Callable[..., Tensor] = _naive_loss) -> Tensor:
-    if work.student.device.type == "cpu":
-        needed = _NAIVE_ROWS * 4 * work.student.shape[0] * work.student_weight.shape[0]
-        available = _available_memory()
-        if needed > available:
-            raise RuntimeError(f"does not fit: about {needed / 2**30:.0f} GiB of {available / 2**30:.0f} GiB free")
-    frozen = (work.teacher, work.reference_only, work.base)
-    per_token = function(work.student, work.student_weight, frozen, work.frozen_weight, work.settings.beta)
-    return (per_token * work.weights).sum()
+def naive_tokens(work: Workload) -> int:
+    """Tokens for which the dense formula fits into the free memory: all of them, or N halved until it does."""
+    tokens, free = len(work.student), available_memory(work.student.device)
+    while tokens and _NAIVE_ROWS * 4 * tokens * work.student_weight.shape[0] > free:
+        tokens //= 2
+    return tokens
 
 
-def _available_memory() -> float:
+def _naive(work: Workload, tokens: int, function: Callable[..., Tensor]) -> Tensor:
+    if not tokens:
+        raise RuntimeError("does not fit into the free memory, not even for one token")
+    frozen = (work.teacher[:tokens], work.reference_only[:tokens], work.base[:tokens])
+    per_token = function(work.student[:tokens], work.student_weight, frozen, work.frozen_weight, work.settings.beta)
+    return (per_token * work.weights[:tokens]).sum()
+
+
+def available_memory(device: torch.device) -> float:
+    """Free memory of a device in bytes; infinite where the platform does not say."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         return math.inf
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    return next(int(line.split()[1]) * 1024.0 for line in lines if line.startswith("MemAvailable"))
 
 
 def _trl(work: Workload) -> Tensor:
@@ -191,70 +221,37 @@ def _matrix_products(work: Workload) -> Contender:
         torch.mm(hidden, weight.T, out=logits)
         torch.mm(logits, weight, out=back)
 
-    return Contender("matrix products alone", run, 4.0 * hidden.numel() * len(weight))
+    share = tokens / len(work.student)
+    return Contender("matrix products alone", run, 4.0 * hidden.numel() * len(weight), share=share)
 
 
-def table(results: dict[str, Measurement], clock: str) -> list[str]:
-    """Markdown table: time, its ratio to TRL's kernel and to the naive formula, memory, share of the matmul rate."""
-    rate = None
-    products = results.get("matrix products alone")
-    if products is not None and products.seconds and products.flops:
-        rate = products.flops / products.median(clock)
-    rows = []
-    for name, result in results.items():
-        if result.error is not None or not result.seconds:
-            rows.append([name, result.error or "not run", *["-"] * 5])
-            continue
-        share = "-"
-        if rate is not None and result.flops is not None:
-            share = f"{result.flops / result.median(clock) / rate:.0%}"
-        rows.append(
-            [
-                name,
-                show_time(result, clock),
-                show_ratio(result, results.get("TRL plain"), clock),
-                show_ratio(result, results.get("naive purified"), clock),
-                show_bytes(result.peak_bytes),
-                f"{(result.flops or 0.0) / 1e9:.1f}",
-                share,
-            ]
-        )
+def table(results: dict[str, Contender], clock: str) -> measure.Table:
+    """Time, its ratio to TRL's kernel and to the dense formula, memory, share of the matmul rate."""
     unit = "ms" if clock == "seconds" else "CPU ms"
-    header = (f"forward + backward, {unit} [quartiles]", "/ TRL plain", "/ naive", "peak MiB", "GFLOP", "matmul rate")
-    return markdown_table(("contender", *header), rows)
+    header = [f"forward + backward, {unit} [quartiles]", "/ TRL plain", "/ naive", "peak GiB", "GFLOP", "matmul rate"]
+    products, *others = (results.get(name) for name in ("matrix products alone", "TRL plain", "naive purified"))
 
+    def rate(one: Contender) -> float:
+        return (one.flops or 0.0) / one.median(clock)
 
-def make_parser() -> argparse.ArgumentParser:
-    """Flags of `purified-opsd bench loss`."""
-    parser = argparse.ArgumentParser(
-        prog="purified-opsd bench loss",
-        description="Time forward and backward of the loss: ours, the naive formula, TRL's kernel, Liger's.",
-    )
-    parser.add_argument("--tokens", type=int, help="N")
-    parser.add_argument("--hidden", type=int, help="H")
-    parser.add_argument("--vocab", type=int, help="V")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--head", choices=("frozen", "trainable"), default="frozen", help="LoRA, or full fine-tuning")
-    parser.add_argument("--beta", type=float, default=0.5, help="interpolation of the divergence")
-    parser.add_argument("--logit-std", type=float, default=3.0, help="standard deviation of the logits")
-    parser.add_argument("--chunk-size", type=int, help="tokens of one chunk; default: from the memory budget")
-    parser.add_argument("--memory-budget", type=int, default=512, help="MiB of scratch memory")
-    parser.add_argument("--compile", action="store_true", help="also compile the naive formula, and Liger's loss")
-    add_common_arguments(parser, "loss", PRESETS)
-    return parser
+    def figures(one: Contender) -> list[str]:
+        time = measure.show_time(one, clock)
+        if one.share != 1.0:
+            time += f", {one.share:.2g} of the tokens"
+        ratios = [measure.show_ratio(one, other, clock) for other in others]
+        share = f"{rate(one) / rate(products):.0%}" if products is not None and products.seconds else "-"
+        return [time, *ratios, measure.show_bytes(one.peak_bytes), f"{(one.flops or 0.0) / 1e9:.1f}", share]
+
+    return measure.tabulate(header, results.values(), figures)
 
 
 def run(argv: Sequence[str]) -> int:
     """Runs the benchmark; returns the exit status."""
-    args, device = parse(make_parser(), PRESETS, argv)
-    work = make_workload(args, device)
-    results = alternate(select(make_contenders(work, args.compile), args.contenders), args.repetitions, device)
-    names = ("tokens", "hidden", "vocab", "dtype", "head", "beta", "logit_std", "chunk_size", "memory_budget")
-    report = {
-        "benchmark": "loss",
-        "settings": {name: getattr(args, name) for name in names},
-        "environment": environment(device),
-        "contenders": {name: as_json(result) for name, result in results.items()},
-    }
-    write_report(report, "Forward and backward of the loss", table(results, CLOCKS[args.clock]), args.output)
+    args = measure.parse(LossArguments, argv)
+    device = args.prepare()
+    contenders = {c.name: c for c in make_contenders(make_workload(args, device), args.torch_compile)}
+    chosen = [contenders[name] for name in measure.select(contenders, args.contenders)]
+    results = measure.alternate(chosen, args.repetitions, device)
+    report = {"benchmark": "loss", "contenders": {name: result.as_json() for name, result in results.items()}}
+    measure.write_report(args, report, "Forward and backward of the loss", table(results, measure.CLOCKS[args.clock]))
     return 0

@@ -1,80 +1,114 @@
 """
-Timing contenders side by side: alternated in one process, with spread and peak memory, and a report of it.
+Timing contenders side by side: arguments that all benchmarks share, alternation, spread, peak memory, and the report.
 
 Units: seconds, bytes.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
-import importlib.metadata
 import json
-import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 
+from ..arguments import CommandParser, check_types
+from ..env import environment
 from ..errors import InputError
 
 
 _CLEAR_PEAK = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
-# value of `--clock` -> the times it means, as [`Measurement`] names them
+# value of `clock` -> the times it means, as [`Contender`] names them
 CLOCKS = {"wall": "seconds", "cpu": "cpu_seconds"}
-_PACKAGES = ("purified_opsd_trl", "torch", "triton", "transformers", "trl", "peft", "liger-kernel")
+_NAMED = ("torch", "triton", "transformers", "trl", "peft", "liger-kernel")
+Table = list[list[str]]  # the first row is the header
+# Names that options once had
+RENAMED = {
+    **{"output": "output_dir", "memory_budget": "loss_memory_budget", "chunk_size": "loss_chunk_size"},
+    **{"layers": "num_hidden_layers", "hidden": "hidden_size", "heads": "num_attention_heads", "vocab": "vocab_size"},
+    **{"prompt": "prompt_length", "reference": "reference_length", "completion": "completion_length"},
+    **{"rows": "per_device_train_batch_size", "lora_rank": "lora_r", "references": "reference_lengths"},
+    "compile": "torch_compile",
+}
+
+
+def option(default: Any, help: str) -> Any:
+    """Field of a dataclass of arguments."""
+    made = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
+    return field(metadata={"help": help}, **made)
+
+
+@dataclass
+class BenchArguments:
+    """Arguments that all benchmarks have. The defaults of a subclass are its preset `cpu`."""
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"cpu": {}}
+
+    preset: str = option("cpu", "Sizes; single options take precedence over it.")
+    clock: Literal["wall", "cpu"] = option("wall", "Clock of the table. The JSON file has both.")
+    device: str = option("cpu", "cpu, cuda, cuda:1; auto takes a GPU if there is one.")
+    threads: int | None = option(None, "Threads of torch on the CPU.")
+    repetitions: int = option(5, "Timed rounds, after one that is not timed.")
+    seed: int = option(0, "Seed of weights, states and token ids.")
+    contenders: list[str] = option([], "Only these, by name.")
+    output_dir: str = option("outputs/bench", "Folder of the report.")
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if self.preset not in self.PRESETS:
+            raise InputError(f"`preset` must be one of {', '.join(self.PRESETS)}, got {self.preset!r}.")
+        for name, value in vars(self).items():
+            if isinstance(value, int) and not isinstance(value, bool) and value < 1 and name != "seed":
+                raise InputError(f"`{name}` must be at least 1, got {value}.")
+
+    def prepare(self) -> torch.device:
+        """Sets the number of threads and returns the device to run on."""
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        kind = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+        device = torch.device(kind)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise InputError(f"`device: {kind}`: torch {torch.__version__} finds no CUDA device; use --device cpu.")
+        return device
+
+
+Arguments = TypeVar("Arguments")
+
+
+def parse(kind: type[Arguments], argv: Sequence[str]) -> Arguments:
+    """Arguments of a command line over those of their preset."""
+    name = kind.__name__.removesuffix("Arguments").lower()
+
+    def parser() -> CommandParser:
+        return CommandParser([kind], f"purified-opsd bench {name}", kind.__doc__, renamed=RENAMED)
+
+    (first,) = parser().parse(argv)
+    over_preset = parser()
+    over_preset.set_defaults(**kind.PRESETS[first.preset])  # type: ignore[attr-defined]
+    (args,) = over_preset.parse(argv)
+    return args
 
 
 @dataclass
 class Contender:
-    """
-    Something to time.
-
-    Args:
-        name (`str`):
-            Row of the report.
-        run (`Callable[[], tuple[float, float] | None]`):
-            One repetition. What has a better clock than the whole call returns its wall-clock and processor time.
-        flops (`float`, *optional*):
-            Floating-point operations of its matrix products.
-        prepare (`Callable[[], None]`, *optional*):
-            Runs before each repetition, outside the clock.
-    """
+    """Something to time, and what it took. Where `run` has a better clock, it returns wall and processor time."""
 
     name: str
     run: Callable[[], tuple[float, float] | None]
-    flops: float | None = None
-    prepare: Callable[[], None] | None = None
-
-
-@dataclass
-class Measurement:
-    """
-    What a contender took.
-
-    Attributes:
-        seconds (`list[float]`):
-            Wall-clock time of each repetition.
-        cpu_seconds (`list[float]`):
-            Processor time of each repetition, all threads together. On a CPU that others use too, the steadier clock.
-        peak_bytes (`int`, *optional*):
-            Most memory used above what was in use before; `None` where the platform cannot tell.
-        flops (`float`, *optional*):
-            See [`Contender`].
-        error (`str`, *optional*):
-            Why there are no figures.
-    """
-
-    seconds: list[float] = field(default_factory=list)
-    cpu_seconds: list[float] = field(default_factory=list)
-    peak_bytes: int | None = None
-    flops: float | None = None
-    error: str | None = None
+    flops: float | None = None  # of its matrix products
+    prepare: Callable[[], None] | None = None  # before each repetition, outside the clock
+    share: float = 1.0  # of the work that the others do
+    seconds: list[float] = field(default_factory=list)  # of each repetition
+    cpu_seconds: list[float] = field(default_factory=list)  # of all threads; steadier on a CPU that others use too
+    peak_bytes: int | None = None  # above what was in use before; `None` where the platform cannot tell
+    held_bytes: int | None = None  # in use before, on a GPU
+    error: str | None = None  # why there are no figures
 
     def median(self, clock: str) -> float:
         """Median of `"seconds"` or `"cpu_seconds"`."""
@@ -87,6 +121,14 @@ class Measurement:
             return values[0], values[0]
         low, _, high = statistics.quantiles(values, n=4, method="inclusive")
         return low, high
+
+    def as_json(self) -> dict[str, Any]:
+        """All figures, with medians and quartiles."""
+        result = {name: value for name, value in vars(self).items() if name not in ("run", "prepare")}
+        for clock in CLOCKS.values() if self.seconds else ():
+            result[f"{clock}_median"] = self.median(clock)
+            result[f"{clock}_quartiles"] = list(self.spread(clock))
+        return result
 
 
 class PeakMemory:
@@ -130,181 +172,105 @@ def _reset_peak() -> bool:
     return True
 
 
-def alternate(contenders: Sequence[Contender], repetitions: int, device: torch.device) -> dict[str, Measurement]:
-    """
-    Times the contenders in turn, again and again, so that a change of the machine's mood meets them all.
-
-    Args:
-        contenders (`Sequence[Contender]`):
-            What to time. One that runs out of device memory, or that cannot run here, is reported and left out.
-        repetitions (`int`):
-            Timed rounds; one untimed round goes before.
-        device (`torch.device`):
-            Where they run.
-
-    Returns:
-        `dict[str, Measurement]`: by name, in order.
-    """
-    gc.collect()  # what was in use before is not theirs
-    results = {c.name: Measurement(flops=c.flops) for c in contenders}
-    for repetition in range(repetitions + 1):
-        for contender in contenders:
-            result = results[contender.name]
-            if result.error is not None:
-                continue
-            if contender.prepare is not None:
-                contender.prepare()
-            try:
-                with PeakMemory(device) as memory:
-                    wall, cpu = time.perf_counter(), time.process_time()
-                    own = contender.run()
-                    _synchronize(device)
-                    wall, cpu = own or (time.perf_counter() - wall, time.process_time() - cpu)
-            except torch.OutOfMemoryError:
-                result.error = "out of memory"
-                continue
-            except (ImportError, RuntimeError, NotImplementedError) as error:
-                result.error = str(error).splitlines()[0]
-                continue
-            if repetition:
-                result.seconds.append(wall)
-                result.cpu_seconds.append(cpu)
-                if memory.bytes is not None:
-                    result.peak_bytes = max(result.peak_bytes or 0, memory.bytes)
-    return results
-
-
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Waits until a GPU has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def add_common_arguments(parser: argparse.ArgumentParser, name: str, presets: Iterable[str]) -> None:
-    """Flags that all benchmarks have."""
-    parser.add_argument("--preset", choices=sorted(presets), default="cpu", help="sizes; single flags override it")
-    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="clock of the table; JSON has both")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes a GPU if there is one")
-    parser.add_argument("--threads", type=int, help="threads of torch on the CPU")
-    parser.add_argument("--repetitions", type=int, default=5, help="timed rounds")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--contenders", nargs="+", help="only these, by name")
-    parser.add_argument("--output", type=Path, default=Path("outputs/bench") / name, help="<output>.json, <output>.md")
+def alternate(contenders: Iterable[Contender], repetitions: int, device: torch.device) -> dict[str, Contender]:
+    """Times the contenders in turn, again and again, after an untimed round; one that cannot run keeps its error."""
+    gc.collect()  # what was in use before is not theirs
+    results = {one.name: one for one in contenders}
+    for repetition in range(repetitions + 1):
+        for one in (one for one in results.values() if one.error is None):
+            if one.prepare is not None:
+                one.prepare()
+            try:
+                with PeakMemory(device) as memory:
+                    wall, cpu = time.perf_counter(), time.process_time()
+                    own = one.run()
+                    synchronize(device)
+                    wall, cpu = own or (time.perf_counter() - wall, time.process_time() - cpu)
+            except (ImportError, RuntimeError) as error:
+                memory_is_out = isinstance(error, torch.OutOfMemoryError)
+                one.error = "out of memory" if memory_is_out else (str(error) or type(error).__name__).splitlines()[0]
+                continue
+            if repetition:
+                one.seconds.append(wall)
+                one.cpu_seconds.append(cpu)
+                one.held_bytes = memory.start if device.type == "cuda" else None
+                if memory.bytes is not None:
+                    one.peak_bytes = max(one.peak_bytes or 0, memory.bytes)
+    return results
 
 
-def parse(
-    parser: argparse.ArgumentParser, presets: Mapping[str, Mapping[str, Any]], argv: Sequence[str]
-) -> tuple[argparse.Namespace, torch.device]:
-    """
-    Parses the flags over their preset, and sets the number of threads.
-
-    Args:
-        parser (`argparse.ArgumentParser`):
-            A benchmark's flags, the common ones among them.
-        presets (`Mapping[str, Mapping[str, Any]]`):
-            Values by preset and flag.
-        argv (`Sequence[str]`):
-            The command line.
-
-    Returns:
-        `tuple[argparse.Namespace, torch.device]`: values and device.
-
-    Raises:
-        [`InputError`]: if the device is not there.
-    """
-    parser.set_defaults(**presets[parser.parse_known_args(argv)[0].preset])
-    args = parser.parse_args(argv)
-    device = choose_device(args.device)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    return args, device
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOPs per second of a large matrix product, the best of three."""
+    size, dtype = (8192, dtype) if device.type == "cuda" else (512, torch.float32)
+    a, out = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    seconds = []
+    for _ in range(4):  # the first of them warms up
+        synchronize(device)
+        started = time.perf_counter()
+        torch.mm(a, a, out=out)
+        synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return 2.0 * size**3 / min(seconds)
 
 
-def choose_device(name: str) -> torch.device:
-    """
-    The device to run on.
-
-    Raises:
-        [`InputError`]: if it is not there.
-    """
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device {name}: torch {torch.__version__} finds no CUDA device; use --device cpu.")
-    return device
+def select(names: Iterable[str], wanted: Sequence[str]) -> list[str]:
+    """The names asked for, or all of them."""
+    names = list(names)
+    for name in wanted:
+        if name not in names:
+            raise InputError(f"`contenders`: no contender is called {name!r}; there are: {', '.join(names)}.")
+    return list(wanted) or names
 
 
-def select(contenders: Iterable[Contender], names: Sequence[str] | None) -> list[Contender]:
-    """
-    The contenders asked for.
-
-    Raises:
-        [`InputError`]: for a name that is not among them.
-    """
-    by_name = {c.name: c for c in contenders}
-    for name in names or ():
-        if name not in by_name:
-            raise InputError(f"--contenders: no contender is called {name!r}; there are: {', '.join(by_name)}.")
-    return [by_name[name] for name in names] if names else list(by_name.values())
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Device and versions that a figure depends on."""
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        name = (
-            f"CPU {platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-        )
-    return {"device": name, "python": platform.python_version(), "versions": versions}
+def write_report(args: BenchArguments, report: dict[str, Any], title: str, table: Table) -> None:
+    """Writes `<output_dir>/<benchmark>.json` and `.md`, and prints the latter."""
+    path = Path(args.output_dir) / report["benchmark"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = environment()
+    report = {**report, "settings": asdict(args), "environment": found, "table": table}
+    device = found["CPU"] if torch.device(args.prepare()).type == "cpu" else found["accelerator 0"]
+    described = ", ".join([device, *(f"{name} {found[name]}" for name in _NAMED)])
+    settings = ", ".join(f"{name} {value}" for name, value in asdict(args).items() if name != "output_dir")
+    text = "\n".join([f"# {title}", "", described, "", settings, "", *markdown(table), ""])
+    path.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
+    print(f"{text}\nWritten to {path}.json and {path}.md")
 
 
-def as_json(measurement: Measurement) -> dict[str, Any]:
-    """Figures of one contender, with medians and quartiles."""
-    result = asdict(measurement)
-    if measurement.seconds:
-        for clock in ("seconds", "cpu_seconds"):
-            result[f"{clock}_median"] = measurement.median(clock)
-            result[f"{clock}_quartiles"] = list(measurement.spread(clock))
-    return result
+def tabulate(header: list[str], contenders: Iterable[Contender], figures: Callable[[Contender], list[str]]) -> Table:
+    """A row per contender: its figures, or its error."""
+    rows = [["contender", *header]]
+    for one in contenders:
+        cells = [one.error, *["-"] * (len(header) - 1)] if one.error is not None else figures(one)
+        rows.append([one.name, *cells])
+    return rows
 
 
-def write_report(report: dict[str, Any], title: str, table: list[str], output: Path) -> None:
-    """Writes `<output>.json` and `<output>.md`, and prints the latter."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    device = report["environment"]["device"]
-    versions = ", ".join(f"{name} {version}" for name, version in report["environment"]["versions"].items())
-    settings = ", ".join(f"{name} {value}" for name, value in report["settings"].items())
-    text = "\n".join([f"# {title}", "", f"{device}; {versions}", "", settings, "", *table, ""])
-    output.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    output.with_suffix(".md").write_text(text, encoding="utf-8")
-    print(text)
-    print(f"Written to {output.with_suffix('.json')} and {output.with_suffix('.md')}")
-
-
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def markdown(table: Table) -> list[str]:
     """Lines of a Markdown table, numbers to the right."""
-    lines = [f"| {' | '.join(header)} |", "|---|" + "---:|" * (len(header) - 1)]
-    return lines + [f"| {' | '.join(row)} |" for row in rows]
+    lines = [f"| {' | '.join(row)} |" for row in table]
+    return [lines[0], "|---|" + "---:|" * (len(table[0]) - 1), *lines[1:]]
 
 
-def show_time(measurement: Measurement, clock: str) -> str:
+def show_time(one: Contender, clock: str) -> str:
     """Median and quartiles in milliseconds."""
-    low, high = measurement.spread(clock)
-    return f"{measurement.median(clock) * 1e3:.0f} [{low * 1e3:.0f}, {high * 1e3:.0f}]"
+    low, high = one.spread(clock)
+    return f"{one.median(clock) * 1e3:.0f} [{low * 1e3:.0f}, {high * 1e3:.0f}]"
 
 
-def show_ratio(one: Measurement, other: Measurement | None, clock: str) -> str:
-    """Ratio of two medians, or a dash."""
+def show_ratio(one: Contender, other: Contender | None, clock: str) -> str:
+    """Ratio of two medians for the same work, or a dash."""
     if other is None or not other.seconds:
         return "-"
-    return f"{one.median(clock) / other.median(clock):.2f}"
+    return f"{one.median(clock) / one.share / (other.median(clock) / other.share):.2f}"
 
 
 def show_bytes(count: int | None) -> str:
-    """Mebibytes, or a dash."""
-    return "-" if count is None else f"{count / 2**20:.0f}"
+    """Gibibytes, or a dash."""
+    return "-" if count is None else f"{count / 2**30:.3f}"

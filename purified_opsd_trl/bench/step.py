@@ -1,56 +1,101 @@
 """
-`purified-opsd bench step`: whole optimisation steps on the same model and completions, generation apart.
+`purified-opsd bench step`: complete optimization steps on the same model and completions, without generation.
 
 One step is what a trainer does between a callback's `on_step_begin` and `on_step_end`: prompts and contexts, scoring,
 loss, backward, update. Sampling is replaced by fixed completions, the same for every contender, so that nothing is
-generated on the clock. `--generation` times sampling them once, to put the difference between the steps in proportion.
+generated on the clock. `--generation true` times sampling them once, to put the difference between the steps in
+proportion.
 """
 
 from __future__ import annotations
 
-import argparse
+import gc
 import tempfile
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
+from ..config import PurifiedOPSDConfig
 from ..extras import require_extra
-from .measure import (
-    CLOCKS,
-    Contender,
-    Measurement,
-    add_common_arguments,
-    alternate,
-    as_json,
-    environment,
-    markdown_table,
-    parse,
-    select,
-    show_bytes,
-    show_ratio,
-    show_time,
-    write_report,
-)
+from ..trainer import PurifiedOPSDTrainer
+from . import measure
+from .measure import Contender, option
 
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "cpu": {
-        **{"layers": 2, "hidden": 256, "heads": 4, "vocab": 49152, "dtype": "float32", "device": "cpu"},
-        **{"rows": 4, "prompt": 64, "reference": 96, "completion": 128, "lora_rank": 16},
-    },
-    "gpu": {
-        **{"layers": 36, "hidden": 4096, "heads": 32, "vocab": 151936, "dtype": "bfloat16", "device": "cuda"},
-        **{"rows": 8, "prompt": 256, "reference": 1024, "completion": 1024, "lora_rank": 64},
-    },
-}
 _SPECIAL = ("<unk>", "<pad>", "<eos>")
+CONTENDERS = {"ours purified": "purified", "ours plain": "teacher", "TRL SDFT plain": "sdft"}
+
+
+def _qwen3(layers: int, hidden: int, intermediate: int, heads: int) -> dict[str, Any]:
+    """The shape of a Qwen3 model in bf16, but for the tied head of all; batch and lengths of the paper."""
+    return {
+        **{"num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": intermediate},
+        **{"num_attention_heads": heads, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936},
+        **{"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4, "gradient_checkpointing": True},
+        **{"prompt_length": 256, "reference_length": 1024, "completion_length": 1024, "lora_r": 64},
+        **{"dtype": "bfloat16", "device": "cuda"},
+    }
+
+
+@dataclass
+class StepArguments(measure.BenchArguments):
+    """Time complete optimization steps without generation: this package purified and plain, TRL's SDFT."""
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "cpu": {},
+        "Qwen3-0.6B": _qwen3(28, 1024, 3072, 16),
+        "Qwen3-1.7B": _qwen3(28, 2048, 6144, 16),
+        "Qwen3-4B": _qwen3(36, 2560, 9728, 32),
+        "Qwen3-8B": _qwen3(36, 4096, 12288, 32),
+        "gpu": _qwen3(36, 4096, 12288, 32),
+    }
+
+    num_hidden_layers: int = option(2, "Decoder layers.")
+    hidden_size: int = option(256, "Hidden units.")
+    intermediate_size: int = option(768, "Hidden units of the feed-forward part.")
+    num_attention_heads: int = option(4, "Attention heads.")
+    num_key_value_heads: int = option(4, "Heads of keys and values.")
+    head_dim: int = option(64, "Units of a head.")
+    vocab_size: int = option(49152, "Vocabulary entries.")
+    dtype: Literal["float32", "bfloat16"] = option("float32", "Dtype of the model.")
+    per_device_train_batch_size: int = option(4, "Rows of a micro-batch; halved while they do not fit into memory.")
+    gradient_accumulation_steps: int = option(1, "Micro-batches of a step; doubled where they are halved.")
+    gradient_checkpointing: bool = option(False, "Run the student's layers again in the backward pass.")
+    prompt_length: int = option(64, "Tokens of a question.")
+    reference_length: int = option(96, "Tokens of a reference.")
+    completion_length: int = option(128, "Tokens of a completion.")
+    lora_r: int = option(16, "Rank of LoRA on all linear layers.")
+    loss_memory_budget: int = option(512, "Scratch memory of our loss in MiB.")
+    generation: bool = option(False, "Also time sampling the completions, once.")
+
+    @property
+    def rows(self) -> int:
+        """Rows of a step."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    def forward_flops(self, count: int, before: int = 0) -> float:
+        """Multiply-adds, times two, of the layers for `count` tokens that follow `before` others."""
+        width = self.num_attention_heads * self.head_dim
+        projections = 2 * self.hidden_size * (width + self.num_key_value_heads * self.head_dim)
+        weights = projections + 3 * self.hidden_size * self.intermediate_size
+        return self.num_hidden_layers * (2.0 * weights * count + 4.0 * width * count * (before + count / 2))
+
+    def step_flops(self, purified: bool) -> float:
+        """Model FLOPs of one step with LoRA: no recomputation, no adapters; the head is counted at completions."""
+        question, completion = self.prompt_length, self.completion_length
+        student = self.forward_flops(question + completion)
+        teacher = self.forward_flops(question + self.reference_length + completion)
+        frozen = teacher + purified * (student + self.forward_flops(self.reference_length + completion))
+        head = (4 if purified else 3) * 2.0 * completion * self.vocab_size * self.hidden_size
+        return self.rows * (2 * student + frozen + head)
 
 
 class StepClock(TrainerCallback):
@@ -61,8 +106,7 @@ class StepClock(TrainerCallback):
         self.began = self.last = (0.0, 0.0)
 
     def _now(self) -> tuple[float, float]:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        measure.synchronize(self.device)
         return time.perf_counter(), time.process_time()
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -78,50 +122,48 @@ class StepClock(TrainerCallback):
 class Bench:
     """Model, data and trainers of one run."""
 
-    def __init__(self, args: argparse.Namespace, device: torch.device, folder: Path):
-        from datasets import Dataset
-
+    def __init__(self, args: StepArguments, device: torch.device, folder: Path):
         self.args, self.device, self.folder = args, device, folder
         self.tokenizer = make_tokenizer()
+        self.parts: dict[str, dict[str, float]] = {}  # seconds of scoring and loss in the last step, by contender
         generator = torch.Generator().manual_seed(args.seed)
 
         def text(tokens: int) -> str:
             numbers = torch.randint(1000, (tokens,), generator=generator).tolist()
             return " ".join(f"w{number}" for number in numbers)
 
-        rows = [{"prompt": text(args.prompt), "reference": text(args.reference)} for _ in range(args.rows)]
-        self.dataset = Dataset.from_list([{**row, "privileged_context": row["reference"]} for row in rows])
-        shape = (args.rows, args.completion)
-        self.completions = torch.randint(len(_SPECIAL), args.vocab, shape, generator=generator).tolist()
+        rows = []
+        for _ in range(args.rows):
+            prompt, reference = text(args.prompt_length), text(args.reference_length)
+            rows.append({"prompt": prompt, "reference": reference, "privileged_context": reference})
+        self.dataset = Dataset.from_list(rows)
+        shape = (args.rows, args.completion_length)
+        self.completions = torch.randint(len(_SPECIAL), args.vocab_size, shape, generator=generator).tolist()
 
     def model(self) -> PreTrainedModel:
-        """A fresh Qwen3 with the same random weights each time."""
+        """A fresh Qwen3 with the same random weights each time, made on the device."""
         args = self.args
         torch.manual_seed(args.seed)
+        shape = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
         config = Qwen3Config(
-            vocab_size=args.vocab,
-            hidden_size=args.hidden,
-            intermediate_size=3 * args.hidden,
-            num_hidden_layers=args.layers,
-            num_attention_heads=args.heads,
-            num_key_value_heads=args.heads,
-            head_dim=args.hidden // args.heads,
+            **{name: getattr(args, name) for name in (*shape, "vocab_size", "head_dim")},
+            max_position_embeddings=32768,
             tie_word_embeddings=True,
             pad_token_id=self.tokenizer.pad_token_id,
             eos_token_id=self.tokenizer.eos_token_id,
             bos_token_id=None,
         )
-        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype))
+        with self.device:
+            return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype))
 
     def arguments(self, name: str) -> dict[str, Any]:
         """What the configs of all contenders share."""
+        same = ("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "seed")
         return {
+            **{name: getattr(self.args, name) for name in same},
             "output_dir": str(self.folder / name),
             "max_steps": 1,
-            "per_device_train_batch_size": self.args.rows,
-            "gradient_accumulation_steps": 1,
-            "gradient_checkpointing": self.args.gradient_checkpointing,
-            "max_completion_length": self.args.completion,
+            "max_completion_length": self.args.completion_length,
             "temperature": 1.0,
             "learning_rate": 1e-6,
             "bf16": False,  # the model is in its dtype already
@@ -130,35 +172,34 @@ class Bench:
             "save_strategy": "no",
             "logging_strategy": "no",
             "disable_tqdm": True,
-            "seed": self.args.seed,
         }
 
-    def lora(self) -> Any:
-        """LoRA on all linear layers but the head."""
+    def trainer(self, kind: Any, config: Any) -> Any:
+        """A trainer of LoRA on all linear layers but the head."""
         from peft import LoraConfig
 
-        return LoraConfig(r=self.args.lora_rank, lora_alpha=self.args.lora_rank, target_modules="all-linear")
+        lora = LoraConfig(r=self.args.lora_r, lora_alpha=self.args.lora_r, target_modules="all-linear")
+        made = kind(
+            model=self.model(),
+            args=config,
+            train_dataset=self.dataset,
+            processing_class=self.tokenizer,
+            peft_config=lora,
+        )
+        made.remove_callback(PrinterCallback)
+        return made
 
     def ours(self, target: str) -> Any:
         """Our trainer, purified or plain."""
-        from ..config import PurifiedOPSDConfig
-        from ..trainer import PurifiedOPSDTrainer
-
         config = PurifiedOPSDConfig(
             **self.arguments(target),
             target=target,  # type: ignore[arg-type]  # one of two, which the config checks
             teacher_prompt_template="{question} {reference}",
             reference_prompt_template="{reference}",
-            loss_memory_budget=self.args.memory_budget,
+            loss_memory_budget=self.args.loss_memory_budget,
             decomposition_steps=0,  # TRL's trainer has no such monitor
         )
-        trainer = PurifiedOPSDTrainer(
-            model=self.model(),
-            args=config,
-            train_dataset=self.dataset,
-            processing_class=self.tokenizer,
-            peft_config=self.lora(),
-        )
+        trainer = self.trainer(PurifiedOPSDTrainer, config)
         # The seam of the rollout: token ids in, token ids out
         setattr(trainer, "_generate_single_turn", lambda ids, *_, **__: self.completions[: len(ids)])  # noqa: B010
         return trainer
@@ -179,36 +220,47 @@ class Bench:
             distillation_alpha=0.5,
             distillation_is_clip=None,
         )
-        trainer = SDFTTrainer(
-            model=self.model(),
-            args=config,
-            train_dataset=self.dataset,
-            processing_class=self.tokenizer,
-            peft_config=self.lora(),
-        )
+        trainer = self.trainer(SDFTTrainer, config)
         setattr(trainer, "_generate", lambda ids: (ids, self.completions[: len(ids)]))  # noqa: B010
         return trainer
 
-    def contender(self, name: str, trainer: Any) -> Contender:
-        """One step a repetition, its FLOPs counted once."""
-        clock = StepClock(self.device)
+    def contender(self, name: str) -> Contender:
+        """One step per repetition, in micro-batches that fit: the first step, off the clock, finds them."""
+        args = self.args
+        while True:
+            try:
+                return self._contender(name)
+            except torch.OutOfMemoryError:
+                if args.per_device_train_batch_size == 1:
+                    break
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            args.per_device_train_batch_size, rows = args.per_device_train_batch_size // 2, args.rows
+            args.gradient_accumulation_steps = rows // args.per_device_train_batch_size
+        return Contender(name, lambda: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+
+    def _contender(self, name: str) -> Contender:
+        clock, target = StepClock(self.device), CONTENDERS[name]
+        trainer = self.sdft() if target == "sdft" else self.ours(target)
         trainer.add_callback(clock)
-        trainer.remove_callback(PrinterCallback)
 
         def run() -> tuple[float, float]:
             trainer.train()
+            logged = trainer.state.log_history[-1]
+            if "scoring/seconds" in logged:
+                loss = logged["timing/loss_seconds"] * self.args.gradient_accumulation_steps
+                self.parts[name] = {"scoring": logged["scoring/seconds"], "loss": loss}
             return clock.last
 
-        with FlopCounterMode(display=False) as counter:
-            run()
-        return Contender(name, run, float(counter.get_total_flops()))
+        run()
+        return Contender(name, run, self.args.step_flops(target == "purified"))
 
     def generation(self) -> dict[str, float]:
         """Time to sample the completions with transformers, in one batch, from the question; on both clocks."""
         model = self.model().eval()
-        model.to(device=self.device)
         ids = self.tokenizer(list(self.dataset["prompt"]), return_tensors="pt")["input_ids"].to(self.device)
-        length = self.args.completion
+        length = self.args.completion_length
         clock = StepClock(self.device)
         clock.on_step_begin()
         with torch.no_grad():
@@ -218,7 +270,7 @@ class Bench:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer with one token for each of a thousand words, so that lengths are what the flags say."""
+    """A tokenizer with one token for each of a thousand words, so that lengths are what the options say."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = [*_SPECIAL, *(f"w{number}" for number in range(1000))]
@@ -228,86 +280,45 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token=unk, pad_token=pad, eos_token=eos)
 
 
-def table(results: dict[str, Measurement], clock: str, generation: dict[str, float] | None) -> list[str]:
-    """Markdown table: time, FLOPs, memory, their ratios to TRL's trainer, and the step with generation."""
-    sdft, plain = results.get("TRL SDFT plain"), results.get("ours plain")
-    rows = []
-    for name, result in results.items():
-        if result.error is not None or not result.seconds:
-            rows.append([name, result.error or "not run", *["-"] * 5])
-            continue
-        flops = "-" if sdft is None or not sdft.flops else f"{(result.flops or 0.0) / sdft.flops:.2f}"
-        proportion = "-"
-        if generation is not None and plain is not None and plain.seconds:
-            both = (generation[clock] + measured.median(clock) for measured in (result, plain))
-            proportion = f"{next(both) / next(both):.3f}"
-        rows.append(
-            [
-                name,
-                show_time(result, clock),
-                show_ratio(result, sdft, clock),
-                f"{(result.flops or 0.0) / 1e9:.0f}",
-                flops,
-                show_bytes(result.peak_bytes),
-                proportion,
-            ]
-        )
-    unit = "ms" if clock == "seconds" else "CPU ms"
-    ratios = ("/ SDFT", "GFLOP", "FLOP / SDFT", "peak MiB", "with generation / ours plain")
-    return markdown_table(("contender", f"step, {unit} [quartiles]", *ratios), rows)
+def table(results: dict[str, Contender], bench: Bench, clock: str, rate: float) -> measure.Table:
+    """Time and its parts, speed, memory, ratios to TRL's trainer."""
+    args, sdft, unit = bench.args, results.get("TRL SDFT plain"), "ms" if clock == "seconds" else "CPU ms"
+    tokens = args.rows * (args.prompt_length + args.completion_length)
+    parts = ["scoring, ms", "student, ms", "loss, ms"]
+    header = [f"step, {unit} [quartiles]", *parts, "student tokens/s", "MFU", "peak GiB", "/ SDFT", "FLOP / SDFT"]
 
+    def figures(one: Contender) -> list[str]:
+        seconds, flops, split = one.median("seconds"), one.flops or 0.0, ["-"] * 3
+        if one.name in bench.parts:
+            scoring, loss = bench.parts[one.name].values()
+            split = [f"{part * 1e3:.0f}" for part in (scoring, one.seconds[-1] - scoring - loss, loss)]
+        peak = None if one.peak_bytes is None else one.peak_bytes + (one.held_bytes or 0)
+        speed = [f"{tokens / seconds:.0f}", f"{flops / seconds / rate:.1%}", measure.show_bytes(peak)]
+        ratios = [measure.show_ratio(one, sdft, clock), f"{flops / sdft.flops:.2f}" if sdft and sdft.flops else "-"]
+        return [measure.show_time(one, clock), *split, *speed, *ratios]
 
-def make_parser() -> argparse.ArgumentParser:
-    """Flags of `purified-opsd bench step`."""
-    parser = argparse.ArgumentParser(
-        prog="purified-opsd bench step",
-        description="Time whole optimisation steps, generation apart: ours purified, ours plain, TRL's SDFT.",
-    )
-    for name, text in {
-        "layers": "decoder layers",
-        "hidden": "hidden units",
-        "heads": "attention heads",
-        "vocab": "vocabulary entries",
-        "rows": "completions a step",
-        "prompt": "tokens of a question",
-        "reference": "tokens of a reference",
-        "completion": "tokens of a completion",
-        "lora-rank": "rank of LoRA on all linear layers",
-    }.items():
-        parser.add_argument(f"--{name}", type=int, help=text)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"))
-    parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--memory-budget", type=int, default=512, help="MiB of scratch memory of our loss")
-    parser.add_argument("--generation", action="store_true", help="also time sampling the completions, once")
-    add_common_arguments(parser, "step", PRESETS)
-    return parser
+    return measure.tabulate(header, results.values(), figures)
 
 
 def run(argv: Sequence[str]) -> int:
     """Runs the benchmark; returns the exit status."""
-    args, device = parse(make_parser(), PRESETS, argv)
+    args = measure.parse(StepArguments, argv)
+    device, clock = args.prepare(), measure.CLOCKS[args.clock]
     require_extra("peft", "`bench step`")
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(args, device, Path(folder))
-        makers = {
-            "ours purified": lambda: bench.ours("purified"),
-            "ours plain": lambda: bench.ours("teacher"),
-            "TRL SDFT plain": bench.sdft,
-        }
-        names = select([Contender(name, lambda: None) for name in makers], args.contenders)
-        results = alternate([bench.contender(c.name, makers[c.name]()) for c in names], args.repetitions, device)
+        contenders = [bench.contender(name) for name in measure.select(CONTENDERS, args.contenders)]
+        results = measure.alternate(contenders, args.repetitions, device)
         generation = bench.generation() if args.generation else None
-    settings = {name: getattr(args, name) for name in (*PRESETS["cpu"], "gradient_checkpointing") if name != "device"}
+    rate = measure.matrix_rate(device, getattr(torch, args.dtype))
     report = {
         "benchmark": "step",
-        "settings": settings,
-        "environment": environment(device),
+        "matrix_rate": rate,
         "generation": generation,
-        "contenders": {name: as_json(result) for name, result in results.items()},
+        "contenders": {name: {**result.as_json(), **bench.parts.get(name, {})} for name, result in results.items()},
     }
-    clock = CLOCKS[args.clock]
-    lines = table(results, clock, generation)
+    rows = table(results, bench, clock, rate)
     if generation is not None:
-        lines += ["", f"Sampling the completions with transformers: {generation[clock]:.1f} s, {args.clock} clock"]
-    write_report(report, "One optimisation step, generation apart", lines, args.output)
+        rows.append(["sampling with transformers", f"{generation[clock] * 1e3:.0f}", *["-"] * (len(rows[0]) - 2)])
+    measure.write_report(args, report, "One optimization step, without generation", rows)
     return 0
