@@ -1,7 +1,7 @@
 """
 Table and figure of the lab's results.
 
-    python -m recipes.lab.figure [--results recipes/lab/results] [--output docs/img/lab.png]
+    python -m recipes.lab.figure [--results recipes/lab/results.jsonl] [--output docs/img/lab.png]
 """
 
 import argparse
@@ -17,14 +17,15 @@ from typing import Any
 from recipes.lab.run import Run
 
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results.jsonl"
 COLOURS = {"base": "#6b7280", "teacher": "#c2410c", "purified": "#1d4ed8"}
 NAMES = {"base": "base", "teacher": "OPSD", "purified": "purified OPSD"}
 
 
-def load(folder: Path) -> list[dict[str, Any]]:
-    """All results of a folder, in order of their names."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+def load(path: Path) -> list[dict[str, Any]]:
+    """All results of a file, sorted by the names of their runs; none where there is no file yet."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return sorted(map(json.loads, lines), key=lambda result: Run(**result["run"]).name)
 
 
 def spread(rates: Sequence[float | None], digits: int = 2) -> str:
@@ -37,7 +38,7 @@ def spread(rates: Sequence[float | None], digits: int = 2) -> str:
 
 
 def setting(run: dict[str, Any]) -> str:
-    """What a run varies beside target and seeds, in words."""
+    """What a run varies besides target and seeds, in words."""
     parts = [run["world"], "rich reference" if run["rich"] else "answer only"]
     parts += [f"beta {run['pmi_beta']:g}"] * (run["pmi_beta"] != 1.0) + [f"c {run['pmi_clip']:g}"] * (
         run["pmi_clip"] != 10.0
@@ -62,7 +63,7 @@ COLUMNS = (
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """One row a setting and target, at the last step; the bases' own rates first."""
+    """One row per setting and target, at the last step; the bases' own rates come first."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for result in results:
         run, curve = result["run"], result["curve"]
@@ -70,7 +71,7 @@ def table(results: list[dict[str, Any]]) -> str:
             {**curve[-1], "seed": run["seed"], "repeat": run["repeat"]}
         )
         base = {**curve[0], "seed": run["seed"], "repeat": 0}
-        # The base does not depend on target or repeat: once a seed
+        # The base depends neither on the target nor on the repeat: one row per seed
         rows = groups[(run["world"], NAMES["base"])]
         if all(row["seed"] != run["seed"] for row in rows):
             rows.append(base)
@@ -93,7 +94,7 @@ PANELS = (
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
     """
-    Curves against steps: mean over runs as a line, lowest to highest run as a band. One row of panels a world.
+    Curves against steps: mean over runs as a line, lowest to highest run as a band. One row of panels per world.
 
     Args:
         results (`list[dict]`):
