@@ -31,11 +31,11 @@ EVAL_SEED = 2**20
 @dataclass(frozen=True)
 class Run:
     """
-    What one run varies; everything else is in `config.yaml`.
+    Settings that vary between runs; all others are in `config.yaml`.
 
     Attributes:
         world (`str`):
-            Which base models: `style` or `repair`.
+            World of the base model: `style` or `repair`.
         seed (`int`):
             Seed of the base model.
         repeat (`int`):
@@ -45,15 +45,15 @@ class Run:
         rich (`bool`):
             Whether the reference holds the sorted intermediate values as well.
         pmi_beta, pmi_clip (`float`):
-            Of the purified target.
+            Settings of the purified target.
         teacher (`str`):
             `teacher_model_kind`.
         lag (`int`):
-            Updates by which the sampler is behind.
+            Number of updates by which the sampler lags.
         learning_rate (`float`):
-            Of AdamW, constant.
+            Constant learning rate of AdamW.
         steps, eval_every (`int`):
-            Optimizer steps, and steps between two evaluations.
+            Optimizer steps in all, and between two evaluations.
     """
 
     world: str = "style"
@@ -101,7 +101,7 @@ def respond(model: Any, tokenizer: Any, prompts: list[str], greedy: bool, max_ne
         prompts (`list[str]`):
             B prompts.
         greedy (`bool`):
-            Most likely tokens, or sampling at temperature 1.
+            Whether to take the most likely tokens instead of sampling at temperature 1.
         max_new_tokens (`int`, *optional*, defaults to `48`):
             Longest response in tokens.
 
@@ -157,11 +157,11 @@ def distil(run: Run, base: Path, eval_problems: int = 512) -> dict[str, Any]:
 
     Args:
         run ([`Run`]):
-            What to do.
+            Settings of the run.
         base (`Path`):
             Folder of the base model.
         eval_problems (`int`, *optional*, defaults to `512`):
-            Held-out problems of each.
+            Held-out problems per evaluation.
 
     Returns:
         `dict[str, Any]`: the run, its curve, and seconds.
