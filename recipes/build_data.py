@@ -5,9 +5,9 @@ Build the paper's training data as JSON lines with the columns `prompt` and `ref
     python recipes/build_data.py mathcot --dataset <hub id or folder>    # outputs/data/math_cot_20k.jsonl
 
 DASD-10K is a subset of 10,000 rows. The paper publishes neither the rows nor how they were drawn, so the stage, the
-domain, the seed, and the reference without the thinking before it are our choices. Each is an option. The rows with the
-smallest SHA-256 of seed, prompt and reference are taken, in that order, so the file does not depend on the order or the
-files in which the rows come. `--revision` pins what the hub serves.
+domain, the seed, and the reference without the thinking before it are our choices. Each is an option. The rows with
+the smallest SHA-256 of seed, prompt and reference are taken, in that order, so the file does not depend on the order
+or the files in which the rows come. `--revision` pins what the hub serves.
 """
 
 import argparse
@@ -78,7 +78,7 @@ NO_DATASET = (
 
 
 def reference_of(text: str, keep: str) -> str:
-    """The worked solution in a model's answer: the complete text (`full`), or what follows the thinking (`solution`)."""
+    """The worked solution in an answer: the complete text (`full`), or what follows the thinking (`solution`)."""
     return (text if keep == "full" else text.rsplit("</think>", 1)[-1]).strip()
 
 
@@ -157,8 +157,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if len(chosen) < (size or 1):
         kind = f"rows of the domain `{args.domain}`" if args.domain else "rows"
         sys.exit(
-            f"error: {args.dataset} has {len(chosen)} usable {kind}, but {size or 1} are needed. Lower `--size`, or keep "
-            "every domain with `--domain all`."
+            f"error: {args.dataset} has {len(chosen)} usable {kind}, but {size or 1} are needed. Lower `--size`, or "
+            "keep every domain with `--domain all`."
         )
     lines = (json.dumps({"prompt": p, "reference": r}, ensure_ascii=False) + "\n" for p, r in chosen)
     text = "".join(lines).encode()

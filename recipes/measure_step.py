@@ -4,9 +4,10 @@ Compare steps of the trainer on this CPU with the estimates of `simulate_step.py
     python recipes/measure_step.py                        # two random models
     python recipes/measure_step.py --demo .cache/smollm2-135m-instruct   # and the demo's (`make demo` fetches it)
 
-Steps run on one thread, with generation by transformers, and are timed in CPU time, which other processes disturb less.
-The rates of matrix products and of reading memory are measured. Two numbers are fitted to the first step: the overhead
-of a layer per decoding step, and the share of the product rate that a forward reaches. The other steps are predictions.
+Steps run on one thread, with generation by transformers, and are timed in CPU time, which other processes disturb
+less. The rates of matrix products and of reading memory are measured. Two numbers are fitted to the first step: the
+overhead of a layer per decoding step, and the share of the product rate that a forward reaches. The other steps are
+predictions.
 """
 
 import argparse

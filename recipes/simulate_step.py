@@ -1,5 +1,5 @@
 """
-Estimate what one optimizer step costs and where the time goes. This is arithmetic: it loads no weights and needs no GPU.
+Estimate what one optimizer step costs and where the time goes, by arithmetic: without weights and without a GPU.
 
     python recipes/simulate_step.py --model Qwen/Qwen3-8B --gpus 8 --flops 989e12 --bandwidth 3.35e12 --link 400e9 \
         --sharded --references 512 4096 16384

@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from purified_opsd_trl import PurifiedOPSDConfig
-from recipes.lab.figure import COLOURS, COLUMNS, NAMES, PANELS, RESULTS, draw, load, setting, spread, table
+from recipes.lab.figure import COLORS, COLUMNS, NAMES, PANELS, RESULTS, draw, load, setting, spread, table
 from recipes.lab.grid import full
 from recipes.lab.run import Run, distil, save
 from recipes.lab.stale import StaleRolloutTrainer
@@ -243,5 +243,5 @@ def test_table_and_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert lines[NAMES["teacher"]] == pytest.approx([0.4 + above, 0.2 + above])
         assert lines[NAMES["purified"]] == pytest.approx([0.4 + above, 0.6 + above])
     pixels = (255 * plt.imread(tmp_path / "lab.png")[..., :3]).round().astype(int)
-    for colour in (COLOURS["teacher"], COLOURS["purified"]):  # the file shows both curves, three pixels wide
-        assert (pixels == [int(colour[i : i + 2], 16) for i in (1, 3, 5)]).all(-1).any()
+    for color in (COLORS["teacher"], COLORS["purified"]):  # the file shows both curves, three pixels wide
+        assert (pixels == [int(color[i : i + 2], 16) for i in (1, 3, 5)]).all(-1).any()

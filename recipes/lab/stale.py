@@ -15,8 +15,8 @@ class StaleRolloutTrainer(PurifiedOPSDTrainer):
 
     Args:
         lag (`int`):
-            Number of updates by which the sampler lags. During the first `lag` updates it is the initial policy. `0` is
-            the usual on-policy rollout.
+            Number of updates by which the sampler lags. During the first `lag` updates it is the initial policy.
+            `0` is the usual on-policy rollout.
         args, kwargs:
             As for [`PurifiedOPSDTrainer`].
     """

@@ -1,5 +1,5 @@
 """
-Probabilities under the three contexts and the purified target at each result of a correct response, before distillation.
+Probabilities of each result of a correct response under the three contexts and the purified target, untrained.
 
     python -m recipes.lab.targets --world repair --seed 0
 """

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 
-# reasoning_gym's __init__ imports a hundred tasks and their dependencies, one of which needs a C compiler. With an empty
-# module in its place, the arithmetic tasks can be imported on their own.
+# reasoning_gym's __init__ imports a hundred tasks and their dependencies, one of which needs a C compiler. With an
+# empty module in its place, the arithmetic tasks can be imported on their own.
 spec = importlib.util.find_spec("reasoning_gym")
 if spec is None or spec.submodule_search_locations is None:
     sys.exit("reasoning-gym is missing: pip install -e '.[demo]' && pip install --no-deps reasoning-gym==0.1.25")

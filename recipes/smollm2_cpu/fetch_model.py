@@ -63,7 +63,7 @@ def main() -> None:
     start = time.perf_counter()
     print(f"model: fetching SmolLM2-135M-Instruct (93 MB) into {output}", flush=True)
     output.parent.mkdir(parents=True, exist_ok=True)
-    # The model is written next to its folder and renamed at the end, so that an interrupted run leaves no partial model.
+    # The model is written next to its folder and renamed at the end: an interrupted run leaves no partial model.
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".fetch-") as scratch:
         download_gguf(Path(scratch))
         convert(Path(scratch), Path(scratch) / "model")
