@@ -4,10 +4,10 @@ Build the paper's training data as JSON lines with the columns `prompt` and `ref
     python recipes/build_data.py dasd                                    # outputs/data/dasd_10k.jsonl
     python recipes/build_data.py mathcot --dataset <hub id or folder>    # outputs/data/math_cot_20k.jsonl
 
-DASD-10K is a subset of 10,000 rows; the paper publishes neither the rows nor how they were drawn. What is ours: the
-stage, the domain, the seed, and that the reference is the solution without the thinking before it. Each is an option.
-The rows with the smallest SHA-256 of seed, prompt and reference are taken, in that order: the same rows give the same
-file on every machine, in whatever order or files they come. `--revision` pins what the hub serves.
+DASD-10K is a subset of 10,000 rows. The paper publishes neither the rows nor how they were drawn, so the stage, the
+domain, the seed, and the reference without the thinking before it are our choices. Each is an option. The rows with
+the smallest SHA-256 of seed, prompt and reference are taken, in that order, so the file does not depend on the order
+or the files in which the rows come. `--revision` pins what the hub serves.
 """
 
 import argparse
@@ -26,12 +26,12 @@ from datasets import load_dataset
 @dataclass(frozen=True)
 class Source:
     """
-    Where a data set is, and which of its columns are read.
+    Location of a dataset and the columns that are read.
 
     Attributes:
         title (`str`): name in the paper.
         file_name (`str`): file to write.
-        dataset (`str`, *optional*): hub id. `None`: the paper names none, so it must be given.
+        dataset (`str`, *optional*): hub id. `None`: the paper names none, so `--dataset` is required.
         config (`str`, *optional*): configuration on the hub.
         prompt, reference (`str`): columns.
         domain (`str`, *optional*): value of the column `domain` to keep.
@@ -78,12 +78,12 @@ NO_DATASET = (
 
 
 def reference_of(text: str, keep: str) -> str:
-    """The worked solution in a model's answer: all of it (`full`), or what follows its thinking (`solution`)."""
+    """The worked solution in an answer: the complete text (`full`), or what follows the thinking (`solution`)."""
     return (text if keep == "full" else text.rsplit("</think>", 1)[-1]).strip()
 
 
 def pairs(rows: Iterable[dict[str, Any]], args: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    """Prompt and reference of every row of the wanted domain that has both."""
+    """Prompt and reference of every row of the selected domain that has both."""
     for index, row in enumerate(rows):
         wanted = (args.prompt_column, args.reference_column, *(["domain"] if args.domain else []))
         missing = [column for column in wanted if column not in row]
@@ -101,7 +101,7 @@ def pairs(rows: Iterable[dict[str, Any]], args: argparse.Namespace) -> Iterator[
 
 
 def choose(rows: Iterable[tuple[str, str]], size: int | None, seed: int) -> list[tuple[str, str]]:
-    """The `size` rows whose hash is smallest, by hash; holds no more rows than that in memory."""
+    """The `size` rows with the smallest hashes, sorted by hash; never holds more rows in memory."""
 
     def rank(row: tuple[str, str]) -> bytes:
         return hashlib.sha256("\0".join([str(seed), *row]).encode()).digest()
@@ -114,13 +114,18 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("data", choices=list(SOURCES))
     add("--dataset", help="Hub id or local folder.")
-    add("--revision", help="Commit of the data set on the hub.")
-    add("--config", help="Configuration of the data set on the hub; of a folder there is none.")
+    add("--revision", help="Commit of the dataset on the hub.")
+    add("--config", help="Configuration of the dataset on the hub; folders have none.")
     add("--prompt_column")
     add("--reference_column")
     add("--domain", help="Value of the column `domain` to keep; `all` keeps every row.")
-    add("--reference", choices=["solution", "full"], default="solution", help="Without or with the thinking.")
-    add("--size", type=int, help="Rows to take.")
+    add(
+        "--reference",
+        choices=["solution", "full"],
+        default="solution",
+        help="`full` keeps the thinking in the reference.",
+    )
+    add("--size", type=int, help="Number of rows to take.")
     add("--seed", type=int, default=0)
     add("--output", type=Path, help="File to write.")
     return parser
@@ -144,16 +149,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             name=None if is_local else args.config or source.config,
             revision=args.revision,
             split="train",
-            streaming=True,  # one pass; nothing is kept but the rows taken
+            streaming=True,  # one pass that keeps only the rows taken
         )
-    except Exception as error:  # offline, renamed, gated, empty folder: there is no common type
+    except Exception as error:  # offline, renamed, gated or empty: these share no exception type
         sys.exit(f"error: `--dataset`: {args.dataset} cannot be loaded: {error}")
     chosen = choose(pairs(rows, args), size, args.seed)
     if len(chosen) < (size or 1):
         kind = f"rows of the domain `{args.domain}`" if args.domain else "rows"
         sys.exit(
-            f"error: {args.dataset} has {len(chosen)} usable {kind}, {size or 1} are needed. Lower `--size`, or keep "
-            "every domain with `--domain all`."
+            f"error: {args.dataset} has {len(chosen)} usable {kind}, but {size or 1} are needed. Lower `--size`, or "
+            "keep every domain with `--domain all`."
         )
     lines = (json.dumps({"prompt": p, "reference": r}, ensure_ascii=False) + "\n" for p, r in chosen)
     text = "".join(lines).encode()

@@ -1,13 +1,13 @@
 """
-Steps of the trainer on this CPU beside what `simulate_step.py` says of them.
+Compare steps of the trainer on this CPU with the estimates of `simulate_step.py`.
 
     python recipes/measure_step.py                        # two random models
     python recipes/measure_step.py --demo .cache/smollm2-135m-instruct   # and the demo's (`make demo` fetches it)
 
-One thread, CPU time (so that other work on the machine disturbs less), generation by transformers. The machine's rates
-are measured: matrix products as wide as the model's, reading of memory. Two numbers are fitted to the first step: what
-a layer costs in a decoding step beside that, and the share of the product rate that a forward reaches. The other steps
-are predictions.
+Steps run on one thread, with generation by transformers, and are timed in CPU time, which other processes disturb
+less. The rates of matrix products and of reading memory are measured. Two numbers are fitted to the first step: the
+overhead of a layer per decoding step, and the share of the product rate that a forward reaches. The other steps are
+predictions.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from purified_opsd_trl import PurifiedOPSDConfig, PurifiedOPSDTrainer  # noqa: E
 
 @dataclass(frozen=True)
 class Point:
-    """A step to run: a model's folder, and tokens of question, reference and completion."""
+    """A step to run: a model's folder, and the tokens of question, reference and completion."""
 
     name: str
     model: Path
@@ -42,7 +42,7 @@ class Point:
 
 
 def write_model(folder: Path, layers: int, hidden: int, vocab: int) -> Path:
-    """A random Qwen3 with a tokenizer of one token a word."""
+    """A random Qwen3 with a tokenizer of one token per word."""
     config = AutoConfig.for_model(
         "qwen3",
         **{"num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": 3 * hidden, "head_dim": 64},
@@ -65,16 +65,16 @@ def rates(model: Model) -> Machine:
     return Machine(
         gpus=1,
         flops=flops,
-        utilisation=1.0,
+        utilization=1.0,
         bandwidth=bandwidth,
-        decode_utilisation=1.0,
+        decode_utilization=1.0,
         overhead=0.0,
         bytes_per_weight=4,
     )
 
 
 def fit(model: Model, step: Step, machine: Machine, measured: dict[str, float]) -> tuple[float, float]:
-    """Overhead of a layer, in seconds, and utilisation, from one measured step."""
+    """Overhead of a layer in seconds, and utilization, from one measured step."""
     costs = {cost.name: cost for cost in simulate(model, step, machine)}
     overhead = (measured["generation"] - costs["generation"].seconds) / (step.completion * model.layers)
     return max(overhead, 0.0), costs["scoring"].flops / (machine.flops * measured["scoring"])
@@ -91,7 +91,7 @@ def _median(function: Any, repetitions: int = 15) -> float:
 
 
 def run(point: Point, rows: int = 4) -> tuple[dict[str, float], Step]:
-    """Seconds of generation, scoring, and student with loss (third step of three), and the step as it was."""
+    """Seconds of generation, scoring, and student with loss in the third step, and the step as it ran."""
     output = tempfile.mkdtemp()
     words = {"question": " ".join(["w"] * point.question), "reference": " ".join(["w"] * point.reference)}
     args = PurifiedOPSDConfig(
@@ -151,8 +151,8 @@ def main() -> None:
         measured, step = run(point)
         if fitted is None:
             fitted = fit(model, step, machine, measured)
-            print(f"(fitted: {fitted[0] * 1e3:.2f} ms a layer and decoding step, utilisation {fitted[1]:.2f})")
-        machine = replace(machine, overhead=fitted[0], utilisation=fitted[1])
+            print(f"(fitted: {fitted[0] * 1e3:.2f} ms per layer and decoding step, utilization {fitted[1]:.2f})")
+        machine = replace(machine, overhead=fitted[0], utilization=fitted[1])
         costs = {cost.name: cost.seconds for cost in simulate(model, step, machine)}
         simulated = {name: costs[name] for name in ("generation", "scoring")}
         simulated["student + loss"] = costs["student"] + costs["loss"]

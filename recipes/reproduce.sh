@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# One model and one data set of the paper's Table 1: train OPSD and purified OPSD, evaluate the base and every
-# checkpoint of both on AIME 2024, AIME 2025 and HMMT February 2025 with 12 samples a problem, and compare.
+# One model and one dataset of the paper's Table 1: train OPSD and purified OPSD, evaluate the base and every checkpoint
+# of both on AIME 2024, AIME 2025 and HMMT February 2025 with 12 samples per problem, and compare.
 #
 #   recipes/reproduce.sh <model> <data>      e.g. recipes/reproduce.sh Qwen3-8B dasd
 #
-# Data and runs that are there already are not made again; training and evaluation go on where they stopped. Paths are
-# relative to the checkout. Read from the environment:
+# Existing data and finished runs are kept; training and evaluation continue where they stopped. Paths are relative to the
+# checkout. Environment variables:
 #   DRY_RUN=1    print the commands, run nothing
 #   DATASET      hub id or folder to build the training data from; mathcot needs it
 #   MODEL_PATH   local copy of the model's weights
@@ -29,7 +29,7 @@ model=$1 data=$2
 config=recipes/$model/purified_opsd/config_$data.yaml
 [ -f "$config" ] || usage
 if [ "$data" = mathcot ] && [ -z "${DATASET:-}" ]; then
-    echo "error: set DATASET to a hub id or a folder: the paper gives no hub id for Math-CoT-20K (recipes/README.md)" >&2
+    echo "error: set DATASET to a hub id or a folder, because the paper gives no hub id for Math-CoT-20K (recipes/README.md)" >&2
     exit 2
 fi
 
@@ -57,13 +57,13 @@ for method in opsd purified; do
         "${resume[@]}" "${train_args[@]}"
 done
 
-thinking=template # R1-Distill and Olmo-3-Think always think, Qwen3 has a switch
+thinking=template # R1-Distill and Olmo-3-Think always think; Qwen3 has a switch
 [[ $model != Qwen3* ]] || thinking=on
 run purified-opsd evaluate --model_name_or_path "$weights" \
     --checkpoints "$output/$model-opsd-$data" "$output/$model-purified-$data" \
     --benchmarks aime24 aime25 hmmt25 --num_generations 12 --thinking $thinking --output_dir "$evaluation" "${eval_args[@]}"
 
-# The paper shows the best checkpoint of each run; all are shown here, since the best of four on the test set flatters
+# The paper reports the best checkpoint of each run. All are shown here, because the best of four on the test set is biased
 results=("$evaluation/$(basename "$weights")/results.json")
 for method in opsd purified; do
     mapfile -t -O ${#results[@]} results \

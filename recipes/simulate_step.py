@@ -1,11 +1,11 @@
 """
-What one optimizer step costs, and where the time goes, before it is run. Arithmetic only: no GPU, no model weights.
+Estimate what one optimizer step costs and where the time goes, by arithmetic: without weights and without a GPU.
 
     python recipes/simulate_step.py --model Qwen/Qwen3-8B --gpus 8 --flops 989e12 --bandwidth 3.35e12 --link 400e9 \
         --sharded --references 512 4096 16384
 
-`--model` is a folder or hub id (its config is read), or one of `PRESETS`. The formulas, and how far they were from
-measured steps, are in docs/scaling.md.
+`--model` is a folder or hub id, whose config is read, or one of `PRESETS`. docs/scaling.md has the formulas and their
+error on measured steps.
 """
 
 import argparse
@@ -36,7 +36,7 @@ class Model:
 
     @property
     def body(self) -> int:
-        """Weights of the linear layers, each of which costs 2 FLOPs a token and forward."""
+        """Weights of the linear layers; each costs 2 FLOPs per token and forward."""
         attention = 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
         return self.layers * (attention + 3 * self.hidden * self.intermediate)
 
@@ -47,12 +47,12 @@ class Model:
 
     @property
     def weights(self) -> int:
-        """All weights (norms are left out)."""
+        """All weights except those of norms."""
         return self.body + self.head * (1 if self.tied else 2)
 
     @property
     def kv_per_token(self) -> int:
-        """Numbers that the KV cache holds for a token."""
+        """Numbers in the KV cache per token."""
         return 2 * self.layers * self.kv_heads * self.head_dim
 
     def forward(self, length: int) -> float:
@@ -72,13 +72,13 @@ PRESETS = {
 @dataclass(frozen=True)
 class Step:
     """
-    What a step does.
+    Sizes and settings of a step.
 
     Attributes:
         rows (`int`):
-            Global batch: completions of a step.
+            Global batch: completions per step.
         question, reference, completion (`int`):
-            Tokens of each; templates included.
+            Tokens of each, templates included.
         target (`str`):
             `"purified"` (three scoring forwards) or `"teacher"` (one).
         lora (`bool`):
@@ -111,38 +111,38 @@ class Step:
 @dataclass(frozen=True)
 class Machine:
     """
-    What it runs on.
+    Rates and layout of the machine.
 
     Attributes:
         gpus (`int`):
-            Processes, one GPU each.
+            Processes, each with one GPU.
         flops (`float`):
             Peak matrix-product rate of a GPU in FLOP/s.
-        utilisation (`float`):
-            Share of it that training and scoring reach.
+        utilization (`float`):
+            Share of `flops` that training and scoring reach.
         bandwidth (`float`):
-            Memory bandwidth of a GPU in bytes/s, of which decoding reaches `decode_utilisation`.
-        decode_utilisation (`float`):
+            Memory bandwidth of a GPU in bytes/s, of which decoding reaches `decode_utilization`.
+        decode_utilization (`float`):
             See `bandwidth`.
         link (`float`):
-            Bytes/s at which a GPU receives the others' shards.
+            Bytes/s at which a GPU receives shards of other GPUs.
         bytes_per_weight (`int`):
             2 in bf16, 4 in fp32.
         overhead (`float`):
-            Seconds that a layer costs in a forward however little it computes (kernel launches).
+            Fixed seconds per layer and forward (kernel launches).
         sharded (`bool`):
             ZeRO-3 or FSDP2: every forward and backward gathers the weights.
         tensor_parallel (`int`):
             GPUs that share one vLLM engine.
         generation_gpus (`int`):
-            GPUs of vLLM servers; 0: vLLM shares the training GPUs.
+            GPUs of vLLM servers. 0: vLLM shares the training GPUs.
     """
 
     gpus: int = 8
     flops: float = 989e12
-    utilisation: float = 0.4
+    utilization: float = 0.4
     bandwidth: float = 3.35e12
-    decode_utilisation: float = 0.6
+    decode_utilization: float = 0.6
     link: float = 400e9
     bytes_per_weight: int = 2
     overhead: float = 20e-6
@@ -178,15 +178,15 @@ class Cost:
 
 def simulate(model: Model, step: Step, machine: Machine) -> list[Cost]:
     """
-    Costs of a step, phase by phase; phases follow one another.
+    Costs of the phases of a step, which run one after another.
 
     Args:
         model ([`Model`]):
             The student, which is its own teacher.
         step ([`Step`]):
-            What it does.
+            Its sizes and settings.
         machine ([`Machine`]):
-            What it runs on.
+            The machine.
 
     Returns:
         `list[Cost]`: generation, scoring, student, loss, weight sync.
@@ -203,15 +203,15 @@ def simulate(model: Model, step: Step, machine: Machine) -> list[Cost]:
 
 def _generation(model: Model, step: Step, machine: Machine, rows: int) -> Cost:
     q, c = step.question, step.completion
-    # A GPU of an engine holds a share of the weights, and the cache of as many rows as without sharing
+    # Each GPU of an engine holds a share of the weights, but its share of the cache is the same as without sharing
     weights = (model.body + model.head) * machine.bytes_per_weight / machine.tensor_parallel
     cache = rows * (q + c / 2) * model.kv_per_token * machine.bytes_per_weight  # read at the average position
     decode_flops = rows * (model.forward(q + c) - model.forward(q) + 2.0 * model.head * c)
     flops = rows * model.forward(q) + decode_flops
     read = c * (weights + cache)
-    # A decoding step is bound by what it reads or by what it computes, and by its launches
+    # A decoding step is bound by memory or by compute; launches add to it
     decode = max(
-        read / (machine.bandwidth * machine.decode_utilisation), decode_flops / (machine.flops * machine.utilisation)
+        read / (machine.bandwidth * machine.decode_utilization), decode_flops / (machine.flops * machine.utilization)
     )
     seconds = decode + c * model.layers * machine.overhead + _compute(rows * model.forward(q), machine)
     return Cost("generation", rows * (q + c), flops, read, seconds)
@@ -229,7 +229,7 @@ def _scoring(model: Model, step: Step, machine: Machine, rows: int) -> Cost:
 
 def _student(model: Model, step: Step, machine: Machine, rows: int) -> Cost:
     length = step.question + step.completion
-    # Backward: gradients of activations, and of weights unless the base is frozen; recomputation is one forward more
+    # Backward: gradients of activations, and of weights unless the base is frozen; recomputation adds a forward
     passes = 1 + (1 if step.lora else 2) + (1 if step.checkpointing else 0)
     gathers = 2 + (1 if step.checkpointing else 0)
     forwards = -(-rows // step.micro_batch) * gathers
@@ -245,7 +245,7 @@ def _passes(name: str, model: Model, machine: Machine, tokens: float, flops: flo
     if machine.sharded and machine.gpus > 1:
         gathered = forwards * model.weights * machine.bytes_per_weight * (machine.gpus - 1) / machine.gpus
     seconds = _compute(flops, machine) + forwards * model.layers * machine.overhead
-    # Gathering overlaps with computing: the longer of the two counts
+    # Gathering overlaps with compute, so the longer of the two counts
     return Cost(name, tokens, flops, gathered, max(seconds, gathered / machine.link))
 
 
@@ -260,18 +260,18 @@ def _loss(model: Model, step: Step, machine: Machine, rows: int) -> Cost:
 
 def _sync(model: Model, machine: Machine) -> Cost:
     moved = model.weights * machine.bytes_per_weight
-    # vLLM's copy is read and written once; sharded weights are gathered first
+    # vLLM's copy is read and written once, after sharded weights are gathered
     seconds = 2 * moved / machine.bandwidth + (moved / machine.link if machine.sharded and machine.gpus > 1 else 0.0)
     return Cost("weight sync", 0, 0.0, moved, seconds)
 
 
 def _compute(flops: float, machine: Machine) -> float:
-    return flops / (machine.flops * machine.utilisation)
+    return flops / (machine.flops * machine.utilization)
 
 
 def read_model(name: str) -> Model:
     """
-    Dimensions by preset, folder or hub id.
+    Dimensions of a preset, folder or hub id.
 
     Args:
         name (`str`):
@@ -322,10 +322,12 @@ def _add_fields(parser: argparse.ArgumentParser, kind: type) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prints a table for each reference length."""
-    parser = argparse.ArgumentParser(description="What one optimizer step costs (estimate).")
-    parser.add_argument("--model", default="Qwen/Qwen3-8B", help=f"Folder, hub id, or of {', '.join(PRESETS)}.")
-    parser.add_argument("--references", type=int, nargs="+", default=[512, 4096, 16384], help="Tokens.")
+    """Prints one table per reference length."""
+    parser = argparse.ArgumentParser(description="Estimate what one optimizer step costs.")
+    parser.add_argument("--model", default="Qwen/Qwen3-8B", help=f"Folder, hub id, or one of {', '.join(PRESETS)}.")
+    parser.add_argument(
+        "--references", type=int, nargs="+", default=[512, 4096, 16384], help="Reference lengths in tokens."
+    )
     _add_fields(parser, Step)
     _add_fields(parser, Machine)
     values = vars(parser.parse_args(argv))

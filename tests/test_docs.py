@@ -1,4 +1,4 @@
-"""The pages say what the code does: their code runs, their commands parse, and no error message is missing."""
+"""The pages say what the code does: their code runs, their commands parse, and their messages exist."""
 
 import argparse
 import ast
@@ -97,10 +97,11 @@ def test_python_runs(page: Path, small_world: None) -> None:
 
 
 def _commands() -> list[Any]:
-    """The commands on the pages, without variables, comments and continuation lines."""
+    """The commands on the pages, without variables, comments, continuation lines and what they write to files."""
     commands = []
     for page in PAGES:
         for line, block in _blocks(page, "bash"):
+            block = re.sub(r"<<'(\w+)'\n.*?^\1$", "", block, flags=re.MULTILINE | re.DOTALL)
             for command in block.replace("\\\n", " ").splitlines():
                 words = shlex.split(command, comments=True)
                 while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
@@ -108,6 +109,14 @@ def _commands() -> list[Any]:
                 if words:
                     commands.append(pytest.param(page, words, id=f"{page.stem}:{line}:{'-'.join(words[:3])}"))
     return commands
+
+
+def _files() -> Iterator[tuple[str, str]]:
+    """Path and text of the settings that the pages say to write to a file (`# path` in the first line)."""
+    for page in PAGES:
+        for _, block in _blocks(page, "yaml"):
+            if written := re.match(r"# (\S+\.yaml)\n", block):
+                yield written.group(1), block
 
 
 def _train(words: list[str]) -> None:
@@ -123,8 +132,10 @@ def _purified_opsd(words: list[str]) -> None:
         measure.parse(getattr(module, f"{rest[0].title()}Arguments"), rest[1:])
     elif command == "evaluate":
         evaluate.make_parser().parse(rest)
-    else:
+    elif command == "diagnose":
         diagnose.make_parser().parse(rest)
+    else:
+        assert command == "env" and not rest
 
 
 def _accelerate(words: list[str]) -> None:
@@ -150,14 +161,13 @@ def _make(words: list[str]) -> None:
 def test_commands_parse(
     page: Path, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_settings: None
 ) -> None:
-    # The repository's folders, and the settings that the page says to write to a file (`# path` in the first line)
+    # The repository's folders, and the settings that a page says to write to a file (`# path` in the first line)
     monkeypatch.chdir(tmp_path)
     for folder in ("recipes", "tests", "docs"):
         (tmp_path / folder).symlink_to(ROOT / folder)
-    for _, block in _blocks(page, "yaml"):
-        if written := re.match(r"# (\S+\.yaml)\n", block):
-            (tmp_path / written.group(1)).parent.mkdir(parents=True)
-            (tmp_path / written.group(1)).write_text(block, encoding="utf-8")
+    for path, block in _files():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(block, encoding="utf-8")
     monkeypatch.setattr(argparse.ArgumentParser, "error", lambda self, message: pytest.fail(message))
     known = {"purified-opsd": _purified_opsd, "accelerate": _accelerate, "pip": _pip, "make": _make}
     if words[0] in known:
@@ -171,7 +181,11 @@ def test_settings_exist(page: Path, small_settings: None) -> None:
     configs = (PurifiedOPSDScriptArguments, PurifiedOPSDConfig, ModelConfig, DatasetMixtureConfig)
     known = {field.name for config in configs for field in dataclasses.fields(config)} | {"accelerate_config"}
     known |= {action.dest for action in launch_command_parser()._actions}
+    # Files of other commands are parsed with their commands
+    others = re.findall(r"purified-opsd (?:diagnose|evaluate|bench) --config (\S+)", page.read_text(encoding="utf-8"))
     for line, block in _blocks(page, "yaml"):
+        if any(block.startswith(f"# {path}\n") for path in others):
+            continue
         settings = yaml.safe_load(block)
         assert set(settings) <= known, f"{page.name}, line {line}: no such settings: {set(settings) - known}"
         ours = {field.name for field in dataclasses.fields(PurifiedOPSDConfig)} & set(settings)
@@ -186,8 +200,8 @@ def _keys(cell: str) -> set[str]:
 
 def test_migrating_from_sdft_names_every_key() -> None:
     page = (ROOT / "docs" / "migrating.md").read_text(encoding="utf-8")
-    section = page.split("## From TRL `experimental.sdft`")[1].split("```")[0]
-    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")][2:]
+    section = page.split("| `SDFTConfig` | here | |")[1].split("## From the official OPSD code")[0]
+    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")][1:]
     theirs = {field.name for field in dataclasses.fields(SDFTConfig)}
     own = theirs - {field.name for field in dataclasses.fields(_BaseConfig)}
     ours = {field.name for field in dataclasses.fields(PurifiedOPSDConfig)}
@@ -203,14 +217,29 @@ def test_migrating_from_sdft_names_every_key() -> None:
     assert own <= named, f"docs/migrating.md does not say what becomes of {own - named}"
 
 
-def test_the_tree_of_the_readme_names_every_module() -> None:
-    tree = _blocks(ROOT / "README.md", "text")[-1][1]
-    modules = [path.name for path in (ROOT / "purified_opsd_trl").iterdir() if path.is_dir() or path.suffix == ".py"]
-    missing = [name for name in modules if not name.startswith((".", "__")) and name not in tree]
-    assert not missing, f"README.md does not mention {missing}"
+def test_migrating_from_sdft_starts_from_settings_of_sdft() -> None:
+    ((_, before),) = _blocks(ROOT / "docs" / "migrating.md", "py")  # not run: a complete run of another trainer
+    calls = [node for node in ast.walk(ast.parse(before)) if isinstance(node, ast.Call)]
+    (config,) = (call for call in calls if ast.unparse(call.func) == "SDFTConfig")
+    names = {keyword.arg for keyword in config.keywords}
+    assert names and names <= {field.name for field in dataclasses.fields(SDFTConfig)}
 
 
-# Every message has an entry ------------------------------------------------------------------------------------------
+def test_the_file_tree_has_a_line_for_every_module() -> None:
+    (tree,) = (text for _, text in _blocks(ROOT / "CONTRIBUTING.md", "text") if text.startswith("purified_opsd_trl/"))
+    package = tree.split("recipes/\n")[0]
+    lines = re.findall(r"^  ([\w.]+/?) {2,}\S", package, re.MULTILINE)
+    modules = {
+        path.name + "/" * path.is_dir()
+        for path in (ROOT / "purified_opsd_trl").iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").is_file()
+    } - {"__init__.py"}
+    for name in sorted(modules - set(lines)):
+        pytest.fail(f"CONTRIBUTING.md: the file tree has no line for purified_opsd_trl/{name}")
+    assert len(lines) == len(set(lines)) and set(lines) == modules, f"there is no {set(lines) - modules}"
+
+
+# Messages on the troubleshooting page exist -------------------------------------------------------------------------
 
 
 def _template(node: ast.expr) -> str:
@@ -220,40 +249,22 @@ def _template(node: ast.expr) -> str:
     return node.value.replace("`", "") if isinstance(node, ast.Constant) and isinstance(node.value, str) else "…"
 
 
-def _messages() -> Iterator[tuple[str, str]]:
-    """Where and what: each message of the package that has words of its own, from `raise` to warning."""
+def _messages() -> Iterator[str]:
+    """Every string of the package that may be a part of a message."""
     for path in sorted((ROOT / "purified_opsd_trl").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            message: ast.expr | None = None
-            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
-                message = node.exc.args[0]
-            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "warning":
-                message = node.args[0]
-            elif isinstance(node, ast.FunctionDef) and node.name.endswith("_message"):  # put together elsewhere
-                message = node.body[-1].value if isinstance(node.body[-1], ast.Return) else None
-            text = re.sub(r"%[sd]", "…", _template(message)) if message is not None else ""
-            if len(re.findall("[a-z]", text)) > 5:  # else it only puts a place in front of another message
-                yield f"{path.relative_to(ROOT)}:{node.lineno}", text
-
-
-def _entries() -> list[str]:
-    """Fragments of messages: the code spans in the first cell of each row of the page's tables."""
-    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8").split("## Not ours")[0]
-    rows = [line.split(" | ")[0] for line in page.splitlines() if line.startswith("| `")]
-    return [entry for row in rows for entry in re.findall(r"`([^`]+)`", row)]
-
-
-def test_every_message_is_on_the_troubleshooting_page() -> None:
-    entries = _entries()
-    messages = list(_messages())
-    assert len(messages) > 90
-    missing = [f"{where}: {text}" for where, text in messages if not any(entry in text for entry in entries)]
-    assert not missing, "docs/troubleshooting.md has no entry for:\n" + "\n".join(missing)
+            if isinstance(node, ast.JoinedStr | ast.Constant):
+                yield re.sub(r"%[sd]", "…", _template(node))
 
 
 def test_no_entry_of_the_troubleshooting_page_is_stale() -> None:
-    messages = [text for _, text in _messages()]
-    stale = [entry for entry in _entries() if not any(entry in text for text in messages)]
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ")[0] for line in page.splitlines() if line.startswith("| `")]
+    rows = [row for row in rows if "(transformers)" not in row and "accelerate launch" not in row]
+    entries = [entry for row in rows for entry in re.findall(r"`([^`]+)`", row)]
+    messages = list(_messages())
+    assert len(entries) > 10
+    stale = [entry for entry in entries if not any(entry in text for text in messages)]
     assert not stale, f"docs/troubleshooting.md has entries that no message matches: {stale}"
 
 

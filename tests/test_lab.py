@@ -11,8 +11,9 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from purified_opsd_trl import PurifiedOPSDConfig
-from recipes.lab.figure import COLOURS, COLUMNS, NAMES, PANELS, draw, spread, table
-from recipes.lab.run import Run, distil
+from recipes.lab.figure import COLORS, COLUMNS, NAMES, PANELS, RESULTS, draw, load, setting, spread, table
+from recipes.lab.grid import full
+from recipes.lab.run import Run, distil, save
 from recipes.lab.stale import StaleRolloutTrainer
 from recipes.lab.targets import expectations
 from recipes.lab.task import Counts, Habits, Problem, count, sample_problem, write_response
@@ -173,6 +174,43 @@ def test_purified_keeps_accuracy_and_waits_where_opsd_loses_them(results: dict[s
     assert purified["accuracy"] > before["accuracy"] + 0.1  # 0.43, 0.13 and 0.73 where this was written
 
 
+def test_results_are_appended_and_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "results.jsonl"
+    assert load(path) == []
+    runs = [Run(world="style", seed=1), Run(world="repair"), Run(world="style")]
+    for number, run in enumerate(runs):
+        save({"run": asdict(run), "seconds": number, "curve": [{"step": 0, "sampled": {"waits": 0.123456}}]}, path)
+    assert [result["seconds"] for result in load(path)] == [1, 2, 0]  # by name: repair first
+    assert load(path)[0]["curve"] == [{"step": 0, "sampled": {"waits": 0.1235}}]
+
+
+def test_the_committed_results_are_those_of_the_grid() -> None:
+    names = [Run(**result["run"]).name for result in load(RESULTS)]
+    assert sorted(names) == sorted({run.name for run in full()}) and len(names) == 75
+
+
+@pytest.mark.parametrize(
+    ("section", "world", "model", "row"),
+    [
+        ("style world", "style", "teacher", "OPSD"),
+        ("style world", "style", "purified", "purified OPSD"),
+        ("repair world", "repair", "teacher", "OPSD"),
+        ("repair world", "repair", "purified", "purified"),
+    ],
+)
+def test_the_page_shows_the_committed_results(section: str, world: str, model: str, row: str) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "lab.md").read_text(encoding="utf-8")
+    lines = [line.strip("| ").split(" | ") for line in page.split(f"| {section} |")[1].splitlines()]
+    ends = [
+        result["curve"][-1]
+        for result in load(RESULTS)
+        if setting(result["run"]) == f"{world}, answer only" and result["run"]["target"] == model
+    ]
+    columns = [("sampled", "accuracy"), ("greedy", "accuracy"), ("sampled", "waits")]
+    expected = [spread([end[decoding][key] for end in ends]) for decoding, key in columns]
+    assert next(line for line in lines if line[0] == row)[1:5] == ["3 x 2", *expected]
+
+
 def point(step: int, rate: float) -> dict[str, Any]:
     """A point of a curve whose sampled rates are all `rate`, and the greedy ones 0.1 more."""
     rates = {key: rate for _, _, key, _ in COLUMNS}
@@ -205,5 +243,5 @@ def test_table_and_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert lines[NAMES["teacher"]] == pytest.approx([0.4 + above, 0.2 + above])
         assert lines[NAMES["purified"]] == pytest.approx([0.4 + above, 0.6 + above])
     pixels = (255 * plt.imread(tmp_path / "lab.png")[..., :3]).round().astype(int)
-    for colour in (COLOURS["teacher"], COLOURS["purified"]):  # the file shows both curves, three pixels wide
-        assert (pixels == [int(colour[i : i + 2], 16) for i in (1, 3, 5)]).all(-1).any()
+    for color in (COLORS["teacher"], COLORS["purified"]):  # the file shows both curves, three pixels wide
+        assert (pixels == [int(color[i : i + 2], 16) for i in (1, 3, 5)]).all(-1).any()

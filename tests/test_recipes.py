@@ -63,7 +63,7 @@ def parse(argv: list[str]) -> tuple[Any, ...]:
 recipe = pytest.mark.parametrize("path", RECIPES, ids=["-".join(names(path)) for path in RECIPES])
 
 
-def test_every_model_has_a_recipe_for_both_data_sets() -> None:
+def test_every_model_has_a_recipe_for_both_datasets() -> None:
     assert {names(path) for path in RECIPES} == {(model, data) for model in MODELS for data in TITLES}
 
 
@@ -77,7 +77,7 @@ def test_every_model_has_a_recipe_for_both_data_sets() -> None:
         ("--accelerate_config multi_gpu", 8, 1),  # one of TRL's own
     ],
 )
-def test_the_accelerate_file_goes_before_the_recipe(arguments: str, processes: int, machines: int) -> None:
+def test_the_accelerate_file_takes_precedence_over_the_recipe(arguments: str, processes: int, machines: int) -> None:
     config = ROOT / "recipes" / "Qwen3-8B" / "purified_opsd" / "config_dasd.yaml"
     *_, from_recipe, from_command_line = make_parser().parse_args_and_config(
         [
@@ -133,7 +133,7 @@ def test_settings_are_the_papers(path: Path) -> None:
 def expected_hours(parameters: float, flops: float, bandwidth: float) -> float:
     """The formula of recipes/README.md, in its words: 200 steps, each generation, scoring and training."""
     completion, question, reference, rows = 1024, 256, 4096, 32
-    generation = completion * 2 * parameters / (0.6 * bandwidth)  # the weights are read once a token
+    generation = completion * 2 * parameters / (0.6 * bandwidth)  # every token reads the weights once
     contexts = [question, question + reference, reference]
     scored = sum(rows * (context + completion) for context in contexts)
     trained = rows * (question + completion)
@@ -150,7 +150,7 @@ def test_the_header_holds(path: Path) -> None:
     fields = dict(line.removeprefix("# ").split(": ", 1) for line in header if ": " in line)
     memory, flops, bandwidth = GPUS[gpu]
     assert header[0].startswith(f"# Hardware: 1 x {memory} GB GPU")
-    assert fields["Global batch"].startswith("32 = 4 a device x 8 accumulation steps x 1 process")
+    assert fields["Global batch"].startswith("32 = 4 per device x 8 accumulation steps x 1 process")
     command = ["purified-opsd", "train", "--config", str(path.relative_to(ROOT))]
     assert fields["Command"] == " ".join(command)
     hours = f"{expected_hours(parameters, flops, bandwidth):.1f} on one {gpu}"
@@ -166,7 +166,7 @@ def test_the_header_holds(path: Path) -> None:
         table = {"base": "base", "OPSD": f"OPSD, {TITLES[data]}", "purified": f"purified, {TITLES[data]}"}
         assert shown == {label: list(paper[row].values()) for label, row in table.items()}
 
-    # What it tells to add must parse, and mean what it says
+    # The options that it names must parse and do what it says
     config = ["--config", str(path)]
     _, twin, _, _ = parse(config + shlex.split(fields["OPSD, the baseline"].removeprefix("add ")))
     _, ours, _, _ = parse(config)
@@ -395,9 +395,9 @@ def test_what_reproduce_would_run_parses(
 
 
 @pytest.mark.parametrize(
-    ("written", "resumes"), [("trainer_state.json", "true"), ("optimizer.pt", None)], ids=["whole", "incomplete"]
+    ("written", "resumes"), [("trainer_state.json", "true"), ("optimizer.pt", None)], ids=["complete", "incomplete"]
 )
-def test_reproduce_goes_on_where_it_stopped(tmp_path: Path, written: str, resumes: str | None) -> None:
+def test_reproduce_continues_where_it_stopped(tmp_path: Path, written: str, resumes: str | None) -> None:
     done, begun = tmp_path / "Qwen3-4B-opsd-dasd", tmp_path / "Qwen3-4B-purified-dasd"
     checkpoint = begun / "checkpoint-50"
     for file in (tmp_path / "data/dasd_10k.jsonl", done / "adapter_model.safetensors", checkpoint / written):

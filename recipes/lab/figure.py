@@ -1,7 +1,7 @@
 """
 Table and figure of the lab's results.
 
-    python -m recipes.lab.figure [--results recipes/lab/results] [--output docs/img/lab.png]
+    python -m recipes.lab.figure [--results recipes/lab/results.jsonl] [--output docs/img/lab.png]
 """
 
 import argparse
@@ -17,14 +17,15 @@ from typing import Any
 from recipes.lab.run import Run
 
 
-RESULTS = Path(__file__).parent / "results"
-COLOURS = {"base": "#6b7280", "teacher": "#c2410c", "purified": "#1d4ed8"}
+RESULTS = Path(__file__).parent / "results.jsonl"
+COLORS = {"base": "#6b7280", "teacher": "#c2410c", "purified": "#1d4ed8"}
 NAMES = {"base": "base", "teacher": "OPSD", "purified": "purified OPSD"}
 
 
-def load(folder: Path) -> list[dict[str, Any]]:
-    """All results of a folder, in order of their names."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+def load(path: Path) -> list[dict[str, Any]]:
+    """All results of a file, sorted by the names of their runs; none where there is no file yet."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return sorted(map(json.loads, lines), key=lambda result: Run(**result["run"]).name)
 
 
 def spread(rates: Sequence[float | None], digits: int = 2) -> str:
@@ -37,7 +38,7 @@ def spread(rates: Sequence[float | None], digits: int = 2) -> str:
 
 
 def setting(run: dict[str, Any]) -> str:
-    """What a run varies beside target and seeds, in words."""
+    """What a run varies besides target and seeds, in words."""
     parts = [run["world"], "rich reference" if run["rich"] else "answer only"]
     parts += [f"beta {run['pmi_beta']:g}"] * (run["pmi_beta"] != 1.0) + [f"c {run['pmi_clip']:g}"] * (
         run["pmi_clip"] != 10.0
@@ -62,7 +63,7 @@ COLUMNS = (
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """One row a setting and target, at the last step; the bases' own rates first."""
+    """One row per setting and target, at the last step; the bases' own rates come first."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for result in results:
         run, curve = result["run"], result["curve"]
@@ -70,7 +71,7 @@ def table(results: list[dict[str, Any]]) -> str:
             {**curve[-1], "seed": run["seed"], "repeat": run["repeat"]}
         )
         base = {**curve[0], "seed": run["seed"], "repeat": 0}
-        # The base does not depend on target or repeat: once a seed
+        # The base depends neither on the target nor on the repeat: one row per seed
         rows = groups[(run["world"], NAMES["base"])]
         if all(row["seed"] != run["seed"] for row in rows):
             rows.append(base)
@@ -93,7 +94,7 @@ PANELS = (
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
     """
-    Curves against steps: mean over runs as a line, lowest to highest run as a band. One row of panels a world.
+    Curves against steps: mean over runs as a line, lowest to highest run as a band. One row of panels per world.
 
     Args:
         results (`list[dict]`):
@@ -132,13 +133,13 @@ SWEEP = (
     ({"pmi_beta": 0.5}, "beta 0.5", "#0f766e", "--"),
     ({"pmi_beta": 2.0}, "beta 2", "#7c3aed", "-."),
     ({"pmi_clip": 2.0}, "c 2", "#a16207", ":"),
-    ({"target": "teacher"}, "OPSD", COLOURS["teacher"], "-"),
+    ({"target": "teacher"}, "OPSD", COLORS["teacher"], "-"),
 )
-# At a twentieth of the usual learning rate: at the usual one a run is near its end before a lag of 16 is over
+# A twentieth of the default learning rate: with the default, a run is almost over before a lag of 16 has passed
 SLOW = {"learning_rate": 5e-5, "eval_every": 5}
 LAGS = tuple(
-    ({"target": target, "lag": lag, **SLOW}, f"{NAMES[target]}, lag {lag}", colour, line)
-    for target, colour in list(COLOURS.items())[1:]
+    ({"target": target, "lag": lag, **SLOW}, f"{NAMES[target]}, lag {lag}", color, line)
+    for target, color in list(COLORS.items())[1:]
     for lag, line in ((0, "-"), (4, "--"), (16, ":"))
 )
 
@@ -151,7 +152,7 @@ def draw_settings(results: list[dict[str, Any]], settings: Sequence[tuple[Any, s
         results (`list[dict]`):
             Results.
         settings (`Sequence[tuple]`):
-            What differs from the usual purified run, label, colour and line style.
+            Changes to the default purified run, label, color and line style.
         path (`Path`):
             PNG to write.
     """
@@ -163,9 +164,9 @@ def draw_settings(results: list[dict[str, Any]], settings: Sequence[tuple[Any, s
     usual = {**asdict(Run()), "seed": None}
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
     for axis, (decoding, key, title) in zip(axes, PANELS, strict=False):
-        for change, label, colour, line in settings:
+        for change, label, color, line in settings:
             curves = [r["curve"] for r in results if {**r["run"], "seed": None} == {**usual, **change}]
-            axis.plot(*_mean(curves, decoding, key), line, color=colour, label=label, linewidth=2)
+            axis.plot(*_mean(curves, decoding, key), line, color=color, label=label, linewidth=2)
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("step")
         _style(axis, key)
@@ -191,10 +192,10 @@ def _draw_panel(axis: Any, runs: list[dict[str, Any]], decoding: str, key: str) 
         curves = [r["curve"] for r in runs if r["run"]["target"] == target]
         steps, mean = _mean(curves, decoding, key)
         values = [_present([point[decoding][key] for point in at]) for at in zip(*curves, strict=True)]
-        axis.plot(steps, mean, color=COLOURS[target], label=NAMES[target], linewidth=2)
-        axis.fill_between(steps, [*map(min, values)], [*map(max, values)], color=COLOURS[target], alpha=0.18, lw=0)
+        axis.plot(steps, mean, color=COLORS[target], label=NAMES[target], linewidth=2)
+        axis.fill_between(steps, [*map(min, values)], [*map(max, values)], color=COLORS[target], alpha=0.18, lw=0)
     base = statistics.fmean(_present([run["curve"][0][decoding][key] for run in runs]))
-    axis.axhline(base, color=COLOURS["base"], linestyle="--", linewidth=1.2, label=NAMES["base"])
+    axis.axhline(base, color=COLORS["base"], linestyle="--", linewidth=1.2, label=NAMES["base"])
     _style(axis, key)
 
 

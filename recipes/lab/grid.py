@@ -1,8 +1,8 @@
 """
-The lab from pre-training to table and figure. A run whose result is there is not repeated.
+The lab from pre-training to table and figure. Runs that have a result already are skipped.
 
     python -m recipes.lab.grid           one base model, OPSD and purified; results and figure in outputs/lab
-    python -m recipes.lab.grid --full    every run behind recipes/lab/results
+    python -m recipes.lab.grid --full    every run of recipes/lab/results.jsonl
 """
 
 import argparse
@@ -43,22 +43,23 @@ def full() -> list[Run]:
 
 def main(is_full: bool, part: int, parts: int) -> None:
     """
-    Runs what is missing, then prints the table and draws the figure.
+    Runs what is missing, prints the table and draws the figure.
 
     Args:
         is_full (`bool`):
-            The whole grid, or one pair of runs.
+            Every run, or one pair of runs.
         part, parts (`int`):
-            Does each `parts`-th run, from number `part` on, so that several processes can share the grid.
+            Every `parts`-th run, starting at number `part`, so that several processes can share the grid.
     """
-    folder = RESULTS if is_full else Path("outputs/lab")
+    folder = Path("outputs/lab")
+    path = RESULTS if is_full else folder / "results.jsonl"
     runs = full() if is_full else BOTH
+    done = {Run(**result["run"]).name for result in load(path)}
     for number, run in enumerate(runs):
-        path = folder / f"{run.name}.json"
-        if number % parts == part and not path.is_file():
+        if number % parts == part and run.name not in done:
             print(f"{run.name} ({number + 1} of {len(runs)})", flush=True)
             save(distil(run, pretrain(run.world, run.seed)), path)
-    results = load(folder)
+    results = load(path)
     print(table(results))
     draw(results, Path("docs/img/lab.png") if is_full else folder / "lab.png")
     if is_full:
@@ -68,8 +69,8 @@ def main(is_full: bool, part: int, parts: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="the whole grid")
-    parser.add_argument("--part", type=int, default=0, help="which share of the runs this process does")
-    parser.add_argument("--parts", type=int, default=1, help="into how many shares they are split")
+    parser.add_argument("--full", action="store_true", help="every run, which takes hours")
+    parser.add_argument("--part", type=int, default=0, help="share of the runs that this process does")
+    parser.add_argument("--parts", type=int, default=1, help="number of shares")
     options = parser.parse_args()
     main(options.full, options.part, options.parts)

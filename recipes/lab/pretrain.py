@@ -35,15 +35,15 @@ CLEAN = Habits(wrong=0.0, wait_right=0.0, wait_wrong=0.0)
 @dataclass(frozen=True)
 class World:
     """
-    What the pre-training mix looks like without a reference and with one.
+    The pre-training mix without a reference and with one.
 
     Attributes:
         alone, with_reference ([`Habits`]):
             How responses are written.
         consults (`bool`):
-            Whether who writes with a reference checks results against it.
+            Whether responses with a reference are corrected where they contradict it.
         copies (`bool`):
-            Whether who writes with a reference copies its answer.
+            Whether responses with a reference copy its answer.
     """
 
     alone: Habits
@@ -54,19 +54,19 @@ class World:
 
 _CHECKS = Habits(wrong=0.25, wait_right=0.03, wait_wrong=0.9, slips=True)
 WORLDS = {
-    # A painted gap of style: without a reference the model checks itself, with one it jumps to the answer
+    # A constructed gap of style: without a reference the model checks itself, with one it jumps to the answer
     "style": World(
         alone=Habits(wrong=0.2, wait_right=0.25, wait_wrong=0.6),
         with_reference=Habits(wrong=0.2, wait_right=0.02, wait_wrong=0.05, jump=0.35),
         copies=True,
     ),
-    # One way of writing. Waits follow mistakes; a reference changes only what can be known, so fewer mistakes are made
+    # The same habits with and without a reference. Waits follow errors, and a reference only corrects some errors
     "repair": World(alone=_CHECKS, with_reference=_CHECKS, consults=True),
 }
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
-    """A Qwen3 of three layers and some 450,000 parameters."""
+    """A Qwen3 of three layers and about 450,000 parameters."""
     set_seed(seed)
     config = Qwen3Config(
         vocab_size=len(tokenizer),
@@ -95,7 +95,7 @@ def sample_text(rng: random.Random, world: World | None) -> tuple[str, str]:
         rng (`random.Random`):
             Source of randomness.
         world ([`World`], *optional*):
-            The mix; `None` for a question with a faultless response, the curriculum's first part.
+            The mix; `None` for a question with a correct response, the curriculum's first part.
 
     Returns:
         `tuple[str, str]`: prompt and response.
@@ -142,7 +142,7 @@ def batches(
     text: Callable[[], tuple[str, str]], tokenizer: PreTrainedTokenizerFast, batch_size: int
 ) -> Iterator[dict[str, torch.Tensor]]:
     """
-    Endless batches; `POOL` of them are sorted by length together, so that they pad less.
+    Endless batches. `POOL` of them are sorted by length together, so that they pad less.
 
     Args:
         text (`Callable[[], tuple[str, str]]`):
@@ -150,10 +150,10 @@ def batches(
         tokenizer ([`~transformers.PreTrainedTokenizerFast`]):
             Tokenizer.
         batch_size (`int`):
-            Texts a batch.
+            Texts per batch.
 
     Returns:
-        `Iterator[dict[str, torch.Tensor]]`: what `encode` makes of them.
+        `Iterator[dict[str, torch.Tensor]]`: batches as `encode` returns them.
     """
     while True:
         pool = sorted((text() for _ in range(POOL * batch_size)), key=lambda text: len(" ".join(text).split()))
@@ -170,7 +170,7 @@ def train(
     is_done: Callable[[float], bool] | None = None,
 ) -> None:
     """
-    AdamW with warm-up; the learning rate falls to zero, or is constant where the end is not known.
+    AdamW with warm-up. The learning rate decays to zero, or stays constant if `is_done` ends training.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -178,14 +178,14 @@ def train(
         data (`Iterator[dict[str, torch.Tensor]]`):
             Batches.
         steps (`int`):
-            Most optimizer steps.
+            Maximum number of optimizer steps.
         learning_rate (`float`):
             Peak.
         is_done (`Callable[[float], bool]`, *optional*):
-            Asked every `LOG_EVERY` steps, with the loss, whether to stop.
+            Called with the loss every `LOG_EVERY` steps; training stops when it returns `True`.
 
     Raises:
-        `RuntimeError`: if `is_done` never said so.
+        `RuntimeError`: if `is_done` never returned `True`.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
     decay = 0.0 if is_done else 1.0
@@ -207,13 +207,13 @@ def train(
                 break
     else:
         if is_done is not None:
-            raise RuntimeError(f"The model has not learnt enough in {steps} steps.")
+            raise RuntimeError(f"The model has not learned the task within {steps} steps.")
     model.eval()
 
 
 def pretrain(world: str, seed: int, max_clean_steps: int = 1500, batch_size: int = 64) -> Path:
     """
-    Trains a base model, or finds it in the cache: faultless responses until they are learnt, then the mix.
+    Trains a base model, or finds it in the cache: first on correct responses until they are learned, then on the mix.
 
     Args:
         world (`str`):
@@ -221,15 +221,15 @@ def pretrain(world: str, seed: int, max_clean_steps: int = 1500, batch_size: int
         seed (`int`):
             Seed of weights and data.
         max_clean_steps (`int`, *optional*, defaults to `1500`):
-            Most steps on faultless responses.
+            Maximum number of steps on correct responses.
         batch_size (`int`, *optional*, defaults to `64`):
-            Texts a step.
+            Texts per step.
 
     Returns:
         `Path`: folder of model and tokenizer.
 
     Raises:
-        `RuntimeError`: if the faultless responses are not learnt in time.
+        `RuntimeError`: if the correct responses are not learned in time.
     """
     folder = CACHE / f"{world}-{seed}"
     if (folder / "model.safetensors").is_file():

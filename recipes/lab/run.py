@@ -1,7 +1,7 @@
 """
 One distillation run with the package's own trainer, and its evaluation along the way.
 
-    python -m recipes.lab.run --seed 0 --target purified --output recipes/lab/results/x.json
+    python -m recipes.lab.run --base BASE --target purified --output outputs/lab/results.jsonl
 """
 
 import argparse
@@ -31,11 +31,11 @@ EVAL_SEED = 2**20
 @dataclass(frozen=True)
 class Run:
     """
-    What one run varies; everything else is in `config.yaml`.
+    Settings that vary between runs; all others are in `config.yaml`.
 
     Attributes:
         world (`str`):
-            Which base models: `style` or `repair`.
+            World of the base model: `style` or `repair`.
         seed (`int`):
             Seed of the base model.
         repeat (`int`):
@@ -45,15 +45,15 @@ class Run:
         rich (`bool`):
             Whether the reference holds the sorted intermediate values as well.
         pmi_beta, pmi_clip (`float`):
-            Of the purified target.
+            Settings of the purified target.
         teacher (`str`):
             `teacher_model_kind`.
         lag (`int`):
-            Updates by which the sampler is behind.
+            Number of updates by which the sampler lags.
         learning_rate (`float`):
-            Of AdamW, constant.
+            Constant learning rate of AdamW.
         steps, eval_every (`int`):
-            Optimizer steps, and steps between two evaluations.
+            Optimizer steps in all, and between two evaluations.
     """
 
     world: str = "style"
@@ -71,7 +71,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """File name of its results: what differs from the defaults."""
+        """What differs from the defaults, as one word."""
         parts = [self.world, self.target, f"s{self.seed}", f"r{self.repeat}"]
         parts += ["rich"] * self.rich
         parts += [f"beta{self.pmi_beta:g}"] * (self.pmi_beta != 1.0) + [f"c{self.pmi_clip:g}"] * (
@@ -101,7 +101,7 @@ def respond(model: Any, tokenizer: Any, prompts: list[str], greedy: bool, max_ne
         prompts (`list[str]`):
             B prompts.
         greedy (`bool`):
-            Most likely tokens, or sampling at temperature 1.
+            Whether to take the most likely tokens instead of sampling at temperature 1.
         max_new_tokens (`int`, *optional*, defaults to `48`):
             Longest response in tokens.
 
@@ -123,7 +123,7 @@ def respond(model: Any, tokenizer: Any, prompts: list[str], greedy: bool, max_ne
 
 
 def evaluate(model: Any, tokenizer: Any, held_out: list[Problem], seed: int = 0) -> dict[str, dict[str, float | None]]:
-    """Rates at temperature 1 and greedy, of one response a problem; leaves the random state as it was."""
+    """Rates at temperature 1 and greedy, of one response per problem. The random state stays as it was."""
     rates = {}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -134,20 +134,20 @@ def evaluate(model: Any, tokenizer: Any, held_out: list[Problem], seed: int = 0)
 
 
 class Evaluation(TrainerCallback):
-    """Evaluates before the first update and every few steps; `curve` holds the rates by step."""
+    """Evaluates before the first update and every `every` steps; `curve` holds the rates by step."""
 
     def __init__(self, tokenizer: Any, held_out: list[Problem], every: int):
         self.tokenizer, self.held_out, self.every = tokenizer, held_out, every
         self.curve: list[dict[str, Any]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        self._look(0, model)
+        self._evaluate(0, model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:
-            self._look(state.global_step, model)
+            self._evaluate(state.global_step, model)
 
-    def _look(self, step: int, model: Any) -> None:
+    def _evaluate(self, step: int, model: Any) -> None:
         self.curve.append({"step": step, **evaluate(model, self.tokenizer, self.held_out)})
 
 
@@ -157,11 +157,11 @@ def distil(run: Run, base: Path, eval_problems: int = 512) -> dict[str, Any]:
 
     Args:
         run ([`Run`]):
-            What to do.
+            Settings of the run.
         base (`Path`):
             Folder of the base model.
         eval_problems (`int`, *optional*, defaults to `512`):
-            Held-out problems of each.
+            Held-out problems per evaluation.
 
     Returns:
         `dict[str, Any]`: the run, its curve, and seconds.
@@ -199,10 +199,11 @@ def distil(run: Run, base: Path, eval_problems: int = 512) -> dict[str, Any]:
 
 
 def save(result: dict[str, Any], path: Path) -> None:
-    """Writes a result as JSON, the rates of the curve with four digits."""
+    """Appends a result to a JSON Lines file, the rates of the curve with four digits."""
     path.parent.mkdir(parents=True, exist_ok=True)
     curve = json.loads(json.dumps(result["curve"]), parse_float=lambda text: round(float(text), 4))
-    path.write_text(json.dumps({**result, "curve": curve}, indent=1) + "\n")
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({**result, "curve": curve}) + "\n")
 
 
 if __name__ == "__main__":

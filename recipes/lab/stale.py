@@ -1,4 +1,4 @@
-"""Rollouts by a sampler that lags behind the student, as in asynchronous pipelines."""
+"""Rollouts from old weights, as in asynchronous pipelines."""
 
 from collections import deque
 from typing import Any
@@ -11,12 +11,12 @@ from purified_opsd_trl import PurifiedOPSDTrainer
 
 class StaleRolloutTrainer(PurifiedOPSDTrainer):
     """
-    Generates with the weights that the student had `lag` updates ago; everything else is unchanged.
+    Generates with the student's weights of `lag` updates ago. Everything else is unchanged.
 
     Args:
         lag (`int`):
-            Updates by which the sampler is behind. Before the first `lag` updates it is the initial policy. `0` is
-            the usual on-policy rollout.
+            Number of updates by which the sampler lags. During the first `lag` updates it is the initial policy.
+            `0` is the usual on-policy rollout.
         args, kwargs:
             As for [`PurifiedOPSDTrainer`].
     """
@@ -27,7 +27,7 @@ class StaleRolloutTrainer(PurifiedOPSDTrainer):
         self.add_callback(_KeepSnapshots(self))
 
     def keep_snapshot(self) -> None:
-        """Remembers the student's weights; forgets those older than the lag."""
+        """Stores the student's weights and drops those older than the lag."""
         self.snapshots.append([parameter.detach().clone() for parameter in self.model.parameters()])
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:

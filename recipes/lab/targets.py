@@ -1,5 +1,5 @@
 """
-What the three contexts and the purified target expect at each result of a faultless response, before any distillation.
+Probabilities of each result of a correct response under the three contexts and the purified target, untrained.
 
     python -m recipes.lab.targets --world repair --seed 0
 """
@@ -26,18 +26,18 @@ Expectations = dict[str, dict[str, tuple[float, float]]]
 @torch.no_grad()
 def expectations(base: Path, held_out: list[Problem], pmi_beta: float = 1.0, pmi_clip: float = 10.0) -> Expectations:
     """
-    Mean probabilities of the right result and of the value as it was (the operation forgotten).
+    Mean probabilities of the correct result and of the unchanged value, which means that the operation was forgotten.
 
     Args:
         base (`Path`):
             Folder of the base model.
         held_out (`list[Problem]`):
-            Problems; results where the two are the same are left out.
+            Problems. Results where the two are equal are left out.
         pmi_beta, pmi_clip (`float`):
-            Of the purified target; the reference is the answer only.
+            Settings of the purified target. The reference is the answer only.
 
     Returns:
-        `dict[str, dict[str, tuple[float, float]]]`: by label and by distribution, right and forgotten.
+        `dict[str, dict[str, tuple[float, float]]]`: correct and forgotten, by label and distribution.
     """
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(base)

@@ -1,13 +1,13 @@
 """
-The lab's task: chains of modular arithmetic, their worked solutions, and what a response did.
+The lab's task: chains of modular arithmetic, their worked solutions, and counts of what a response did.
 
 ```text
-question     <q> 4 A +1 B -2 C +3 D *2 </q>          start value, then four labelled operations modulo 7
+question     <q> 4 A +1 B -2 C +3 D *2 </q>          start value, then four labeled operations modulo 7
 reference    <r> 5 </r>                              the answer, or with `rich` the sorted values before it as well
 response     4 A 5 ; 5 B 4 wait 5 B 3 ; ... ans 5    value, label, result; `wait` tries the same step again
 ```
 
-Each word is one token, so that what the model does can be read off without parsing English.
+Each word is one token, so responses can be counted without parsing English.
 """
 
 import random
@@ -27,7 +27,7 @@ REFERENCE_TEMPLATE = "<r> {reference} </r>"
 @dataclass(frozen=True)
 class Problem:
     """
-    A start value and one operation a label, modulo `modulus`.
+    A start value and one operation per label, modulo `modulus`.
 
     Attributes:
         modulus (`int`):
@@ -43,7 +43,7 @@ class Problem:
     operations: tuple[str, ...]
 
     def apply(self, label: str, value: int) -> int:
-        """The right result of a labelled operation on any value."""
+        """The correct result of a labeled operation on any value."""
         operation = self.operations[LABELS.index(label)]
         operand = int(operation[1:])
         result = {"+": value + operand, "-": value - operand, "*": value * operand}[operation[0]]
@@ -51,7 +51,7 @@ class Problem:
 
     @property
     def values(self) -> list[int]:
-        """The right value after each operation; the last one is the answer."""
+        """The correct value after each operation; the last one is the answer."""
         values = [self.start]
         for label, _ in zip(LABELS, self.operations, strict=False):
             values.append(self.apply(label, values[-1]))
@@ -64,7 +64,7 @@ class Problem:
         return f"<q> {self.start} {steps} </q>"
 
     def contradicts(self, label: str, result: int, rich: bool) -> bool:
-        """Whether who has the reference can tell, without any arithmetic, that a result is wrong."""
+        """Whether the reference alone, without arithmetic, shows that a result is wrong."""
         if rich and label != LABELS[-1]:
             return result not in self.values[:-1]
         return label == LABELS[-1] and result != self.values[-1]
@@ -84,13 +84,13 @@ class Habits:
         wrong (`float`):
             A result is wrong: any other value, uniformly.
         wait_right (`float`):
-            A right result is followed by `wait` and another try.
+            A correct result is followed by `wait` and another try.
         wait_wrong (`float`):
-            A wrong one is.
+            A wrong result is followed by `wait` and another try.
         jump (`float`):
-            Before a step, the response goes straight to the answer.
+            The response goes straight to the answer before a step.
         slips (`bool`):
-            Whether a wrong result is instead the value as it was, the operation forgotten: an error that shows.
+            Whether a wrong result is the unchanged value instead, as if the operation were forgotten.
     """
 
     wrong: float
@@ -130,15 +130,15 @@ def write_response(
 
     Args:
         problem ([`Problem`]):
-            What is solved.
+            The problem.
         habits ([`Habits`]):
-            How.
+            Habits of the writer.
         rng (`random.Random`):
             Source of randomness.
         copies (`bool`, *optional*, defaults to `False`):
             Whether the response ends in the reference's answer, whatever the steps gave.
         consults (`bool`, *optional*):
-            Whether wrong results that contradict the reference are put right before they are written: `True` for a
+            Whether wrong results that contradict the reference are corrected before they are written: `True` for a
             rich reference, `False` for an answer, `None` without one.
 
     Returns:
@@ -170,7 +170,7 @@ def write_response(
 @dataclass
 class Counts:
     """
-    What a set of responses did; `+` adds up.
+    Counts over a set of responses; `+` adds them.
 
     Attributes:
         responses, correct (`int`):
@@ -200,7 +200,7 @@ class Counts:
         return Counts(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
     def rates(self) -> dict[str, float | None]:
-        """Accuracy, waits and tokens a response, and the conditional rates; `None` where the condition never held."""
+        """Accuracy, waits and tokens per response, and conditional rates; `None` where the condition never held."""
 
         def share(part: int, whole: int) -> float | None:
             return part / whole if whole else None
@@ -219,11 +219,11 @@ class Counts:
 
 def count(problem: Problem, response: str) -> Counts:
     """
-    Reads a response.
+    Counts what a response did.
 
     Args:
         problem ([`Problem`]):
-            What it answers.
+            The problem that it answers.
         response (`str`):
             Words, with or without the end-of-sequence token.
 
@@ -251,7 +251,7 @@ def count(problem: Problem, response: str) -> Counts:
 
 
 def build_tokenizer(modulus: int) -> PreTrainedTokenizerFast:
-    """One token a word; `<pad>` is 0 and `<eos>` 1."""
+    """One token per word; `<pad>` is 0 and `<eos>` is 1."""
     words = ["<pad>", "<eos>", "<q>", "</q>", "<r>", "</r>", ";", "wait", "ans", *LABELS, *map(str, range(modulus))]
     words += [sign + str(operand) for sign in "+-*" for operand in range(1, modulus)]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
@@ -262,6 +262,6 @@ def build_tokenizer(modulus: int) -> PreTrainedTokenizerFast:
 
 
 def words_of(ids: Sequence[int], tokenizer: PreTrainedTokenizerFast) -> str:
-    """Words of a completion up to its end."""
+    """Words of a completion up to its end-of-sequence token."""
     words = tokenizer.convert_ids_to_tokens(list(ids))
     return " ".join(words[: words.index("<eos>") + 1] if "<eos>" in words else words)

@@ -1,14 +1,14 @@
 """
-Build a data set of grade-school problems with worked solutions, in the columns that the trainer reads.
+Build a dataset of grade-school problems with worked solutions, in the columns that the trainer reads.
 
     python recipes/smollm2_cpu/build_data.py [--size 64] [--test_size 16] [--seed 0] [--output .cache/gsm_symbolic]
 
-Bring your own data by writing the same JSON lines, one problem a line:
+To use your own data, write the same JSON lines, one problem per line:
 
     {"prompt": [{"role": "user", "content": "What is 2 + 2 * 3?"}], "reference": "2 * 3 = 6\n2 + 6 = 8\n#### 8"}
 
 `prompt` is what the student sees. `reference` is the worked solution that only the frozen teacher sees. Other columns
-(here `answer`, for evaluation) are left alone.
+(here `answer`, for evaluation) are ignored.
 """
 
 import argparse
@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 
-# reasoning_gym's __init__ imports all its hundred tasks and their dependencies, one of which needs a C compiler.
-# An empty module in its place lets the arithmetic tasks be imported on their own.
+# reasoning_gym's __init__ imports a hundred tasks and their dependencies, one of which needs a C compiler. With an
+# empty module in its place, the arithmetic tasks can be imported on their own.
 spec = importlib.util.find_spec("reasoning_gym")
 if spec is None or spec.submodule_search_locations is None:
     sys.exit("reasoning-gym is missing: pip install -e '.[demo]' && pip install --no-deps reasoning-gym==0.1.25")
@@ -57,7 +57,7 @@ def is_sound(solution: str, answer: str) -> bool:
 
 
 def problems(seed: int) -> Iterator[dict[str, Any]]:
-    """An endless stream of sound, distinct problems."""
+    """Endless stream of sound, distinct problems."""
     source = GSMSymbolicDataset(GSMSymbolicDatasetConfig(seed=seed, size=100_000))
     seen: set[str] = set()
     for entry in source:
@@ -88,7 +88,7 @@ def main() -> None:
         with path.open("w", encoding="utf-8") as file:
             for _ in range(size):
                 file.write(json.dumps(next(stream), ensure_ascii=False) + "\n")
-        print(f"data: {size} problems with worked solutions in {path}")
+        print(f"data: wrote {size} problems with worked solutions to {path}")
 
 
 if __name__ == "__main__":

