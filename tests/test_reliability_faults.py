@@ -251,6 +251,12 @@ def command(model_dir: Path, folder: Path, *further: str) -> list[str]:
     ]
 
 
+def heed_signals() -> None:
+    """Undoes what nohup, or a shell that starts the tests in the background, has set to be ignored."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
 @pytest.mark.parametrize(
     ("name", "number"),
     [("SIGTERM", 1), *(pytest.param(n, p, marks=pytest.mark.faults) for n in ("SIGINT", "SIGHUP") for p in (1, 2))],
@@ -263,7 +269,12 @@ def test_a_signal_to_the_command_reaches_every_process(
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with open(tmp_path / "log.txt", "wb") as log:
         parent = subprocess.Popen(
-            command(model_dir, tmp_path, *further), cwd=tmp_path, env=environment, stdout=log, stderr=log
+            command(model_dir, tmp_path, *further),
+            cwd=tmp_path,
+            env=environment,
+            stdout=log,
+            stderr=log,
+            preexec_fn=heed_signals,
         )
     text = lambda: (tmp_path / "log.txt").read_text(errors="replace")  # noqa: E731
     started: list[psutil.Process] = []
