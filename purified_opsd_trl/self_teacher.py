@@ -122,6 +122,27 @@ def _shard_with_fsdp2(teacher: PreTrainedModel, accelerator: Accelerator) -> Any
 # Combinations that cannot work ---------------------------------------------------------------------------------------
 
 
+def check_arguments(args: PurifiedOPSDConfig, teacher_model: Any) -> None:
+    """Refuses arguments of TRL's trainer that a self-teacher cannot honor."""
+    if teacher_model is not None:
+        raise InputError(
+            "The model is its own teacher, so `teacher_model` is not taken. To score with other weights, set "
+            "`teacher_model_name_or_path` in the config, or pass a `scoring_callback` that overrides `frozen_model`."
+        )
+    if args.teacher_model_name_or_path is None:
+        for name in ("teacher_model_init_kwargs", "teacher_model_revision"):
+            if getattr(args, name) is not None:
+                raise InputError(
+                    f"`{name}` has no effect without `teacher_model_name_or_path`. The self-teacher is loaded like "
+                    "the student: set `model_init_kwargs`, or name the teacher."
+                )
+    if dict(args.generation_kwargs or {}).get("num_return_sequences", 1) != 1:  # type: ignore[arg-type]  # parsed by now
+        raise InputError(
+            "`generation_kwargs`: one completion is sampled per prompt, so `num_return_sequences` must be 1. Repeat "
+            "rows of the dataset to sample several."
+        )
+
+
 def check_combination(trainer: StudentTrainer, is_peft: bool) -> None:
     """Refuses what cannot work, before anything is sharded, and names the nearest combination that works."""
     state, kind = trainer.accelerator.state, trainer.args.teacher_model_kind

@@ -8,24 +8,21 @@ row -> contexts -> (TRL rollout) -> collator -> scoring -> loss -> metrics
 
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import is_peft_model
-from datasets import IterableDataset
-from torch.utils.data import DataLoader
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
-from transformers.utils import logging
 from trl import DistillationTrainer
 from trl.trainer.utils import get_config_model_id
 
-from .backbone import context_length, last_hidden_states
+from .backbone import last_hidden_states
 from .checkpoints import ReliableTrainer
 from .collator import PurificationCollator, ScoringBatch, unpad
 from .config import PurifiedOPSDConfig
-from .contexts import Contexts, Prompt, build_contexts
-from .dataset import AnyDataset, DatasetCheck, FirstStepGuard, as_dataset, check_columns
+from .contexts import Contexts
+from .dataset import AnyDataset, check_columns
 from .errors import InputError
 from .extras import require_extra
 from .head import LMHead
@@ -34,24 +31,22 @@ from .markers import MarkerCounter, TokenClassifier
 from .monitoring.console import console_callbacks
 from .monitoring.decomposition import DecompositionMonitor
 from .monitoring.epistemic import EpistemicMonitor
-from .monitoring.metrics import TokenMeans, clock, loss_sums, reduce_loss_sums, scoring_metrics
+from .monitoring.metrics import TokenMeans, clock, loss_sums, reduce_loss_sums, scoring_metrics, warn_of_unused_vocab
 from .monitoring.report import ReportCallback
 from .purification import purified_target_logits
+from .reading import ReadingTrainer, as_datasets, named_datasets
 from .rollout import merge_without_drift, reserve_vllm_length
-from .rows import RowReader
 from .run_identity import check_output_dir
 from .scores import TeacherScores
 from .scoring import TeacherScoringCallback
+from .self_teacher import check_arguments
 
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
 
-logger = logging.get_logger(__name__)
-
-
-class PurifiedOPSDTrainer(ReliableTrainer, DistillationTrainer):
+class PurifiedOPSDTrainer(ReliableTrainer, ReadingTrainer, DistillationTrainer):
     """
     Trainer for purified on-policy self-distillation (arXiv 2607.02234).
 
@@ -153,23 +148,17 @@ class PurifiedOPSDTrainer(ReliableTrainer, DistillationTrainer):
             args = PurifiedOPSDConfig(f"{model_name.split('/')[-1]}-Purified-OPSD")
         if not isinstance(args, PurifiedOPSDConfig):
             raise InputError(f"`args` must be a PurifiedOPSDConfig, got {type(args).__name__}.")
-        _refuse_unusable(args, teacher_model)
-        if train_dataset is not None:
-            train_dataset = as_dataset(train_dataset, "train_dataset")
-        if isinstance(eval_dataset, Mapping):
-            eval_dataset = {key: as_dataset(data, f"eval_dataset[{key!r}]") for key, data in eval_dataset.items()}
-        elif eval_dataset is not None:
-            eval_dataset = as_dataset(eval_dataset, "eval_dataset")
-        for name, dataset in _named_datasets(train_dataset, eval_dataset):
+        check_arguments(args, teacher_model)
+        train_dataset, eval_dataset = as_datasets(train_dataset, eval_dataset)
+        for name, dataset in named_datasets(train_dataset, eval_dataset):
             check_columns(dataset, name, args.reference_column)  # before the model is loaded
         check_output_dir(str(args.output_dir))
         if args.use_vllm:
             require_extra("vllm", "`use_vllm`")
 
         self.args = args  # `build_contexts` reads it
-        reserve_vllm_length(
-            args, model, processing_class, _named_datasets(train_dataset, eval_dataset), self.build_contexts, tools
-        )
+        named = named_datasets(train_dataset, eval_dataset)
+        reserve_vllm_length(args, model, processing_class, named, self.build_contexts, tools)
         self.scoring_callback = scoring_callback or TeacherScoringCallback()
         super().__init__(
             model=model,
@@ -186,16 +175,19 @@ class PurifiedOPSDTrainer(ReliableTrainer, DistillationTrainer):
         )
         if args.use_vllm and is_peft_model(self.model):
             merge_without_drift(self.vllm_generation)
-        self.purification_collator = purification_collator or PurificationCollator(
-            pad_token_id=self._tokenizer.pad_token_id,
-            max_sequences=args.scoring_batch_size or args.per_device_train_batch_size,
-            max_tokens=args.scoring_token_budget,
-            pad_to_multiple_of=self.pad_to_multiple_of,  # type: ignore[arg-type]  # "auto" is resolved by the config
-        )
+        self.purification_collator = purification_collator or self._default_collator()
         self._set_up_loss()
         self._add_monitors()
-        self._prepare_datasets()
+        self.read_datasets()
         self.scoring_callback.attach(self, model if isinstance(model, str) else None)
+
+    def _default_collator(self) -> PurificationCollator:
+        return PurificationCollator(
+            pad_token_id=self._tokenizer.pad_token_id,
+            max_sequences=self.args.scoring_batch_size or self.args.per_device_train_batch_size,
+            max_tokens=self.args.scoring_token_budget,
+            pad_to_multiple_of=self.pad_to_multiple_of,  # type: ignore[arg-type]  # "auto" is resolved by the config
+        )
 
     def _set_up_loss(self) -> None:
         self.loss_settings = self.args.loss_settings
@@ -209,98 +201,6 @@ class PurifiedOPSDTrainer(ReliableTrainer, DistillationTrainer):
         self._loss_sums: dict[str, torch.Tensor] = {}
         self._bad_rows = torch.empty(0, dtype=torch.long)  # of the micro-batch, whose loss is not finite
         self._token_means = {"train": TokenMeans(), "eval": TokenMeans()}
-
-    # Data ------------------------------------------------------------------------------------------------------------
-
-    def _prepare_datasets(self) -> None:
-        args, context = self.args, context_length(self.model)
-        if context is not None and args.max_completion_length >= context:
-            raise InputError(
-                f"`max_completion_length` ({args.max_completion_length} tokens) leaves no room for a prompt in the "
-                f"model's context of {context} tokens. Lower it."
-            )
-        kwargs = (
-            self.chat_template_kwargs
-            if args.teacher_chat_template_kwargs is None
-            else args.teacher_chat_template_kwargs
-        )
-        self._reader = RowReader(
-            self.processing_class,
-            self.build_contexts,
-            args.reference_column,
-            template_kwargs={"tools": self.tools or None, "chat_template": self.chat_template, **kwargs},  # type: ignore[dict-item]
-            max_reference_length=args.max_reference_length,
-            max_prompt_length=None if context is None else context - args.max_completion_length,
-            truncate=args.overlong_reference == "truncate",
-        )
-        overridden = type(self).build_contexts is not PurifiedOPSDTrainer.build_contexts
-        self._check_dataset = DatasetCheck(
-            self._reader,
-            args.invalid_rows,
-            args.overlong_reference,
-            args.output_dir or "",
-            self.accelerator,
-            show_progress=self.accelerator.is_local_main_process and not args.disable_tqdm,
-            cache_key=None if overridden else self._reader.fingerprint(),
-        )
-        if self.train_dataset is not None:
-            batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
-            self.train_dataset = self._check_dataset(
-                self.train_dataset, "train_dataset", batch * self.accelerator.num_processes
-            )
-        if isinstance(self.train_dataset, IterableDataset):
-            self.add_callback(FirstStepGuard())
-        if isinstance(self.eval_dataset, Mapping):
-            self.eval_dataset = {
-                key: self._check_dataset(dataset, f"eval_dataset[{key!r}]")
-                for key, dataset in self.eval_dataset.items()
-            }
-        elif self.eval_dataset is not None:
-            self.eval_dataset = self._check_dataset(self.eval_dataset, "eval_dataset")
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        if eval_dataset is not None and not isinstance(eval_dataset, str):  # passed to `evaluate`
-            eval_dataset = as_dataset(eval_dataset, "eval_dataset")
-            check_columns(eval_dataset, "eval_dataset", self.args.reference_column)
-            eval_dataset = self._check_dataset(eval_dataset, "eval_dataset")
-        return super().get_eval_dataloader(eval_dataset)
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        columns: list[str] = self._signature_columns or []
-        self._signature_columns = list(dict.fromkeys([*columns, self.args.reference_column]))  # type: ignore[assignment]
-
-    def build_contexts(self, row: Mapping[str, Any]) -> Contexts:
-        """
-        Builds the three prompts of one dataset row. Override it to word or arrange them differently.
-
-        Args:
-            row (`Mapping[str, Any]`):
-                Dataset row with all its columns.
-
-        Returns:
-            [`Contexts`]: the student and the base see `base`; `teacher` and `reference_only` are the frozen
-            model's alone.
-
-        Raises:
-            `InputError`: if the row cannot be used.
-        """
-        return build_contexts(
-            row,
-            reference_column=self.args.reference_column,
-            teacher_prompt_template=self.args.teacher_prompt_template,
-            reference_prompt_template=self.args.reference_prompt_template,
-        )
-
-    def _tokenize_teacher_prompts(self, prompts: list[Prompt]) -> list[list[int]]:
-        # TRL renders with the student's kwargs; the teacher may have its own (thinking on or off)
-        student_kwargs = self.chat_template_kwargs
-        if self.args.teacher_chat_template_kwargs is not None:
-            self.chat_template_kwargs = self.args.teacher_chat_template_kwargs
-        try:
-            return self._tokenize_prompts(prompts)[0]
-        finally:
-            self.chat_template_kwargs = student_kwargs
 
     # Monitors --------------------------------------------------------------------------------------------------------
 
@@ -338,8 +238,8 @@ class PurifiedOPSDTrainer(ReliableTrainer, DistillationTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         mode = "train" if self.model.training else "eval"
-        contexts = self._reader.contexts(inputs, f"step {self.state.global_step}, generation batch")
-        inputs = [{"prompt": context.base} for context in contexts]
+        contexts = self.reader.contexts(inputs, f"step {self.state.global_step}, generation batch")
+        inputs = [{**row, "prompt": context.base} for row, context in zip(inputs, contexts, strict=True)]
         started = time.perf_counter()
         output = super()._generate_and_score_completions(inputs)
         self._metrics[mode]["timing/generation_seconds"].append(time.perf_counter() - started)
@@ -364,11 +264,11 @@ class PurifiedOPSDTrainer(ReliableTrainer, DistillationTrainer):
         return output
 
     def _score(self, contexts: list[Contexts], output: dict[str, Any]) -> TeacherScores:
-        prompt_ids = {"teacher": self._tokenize_teacher_prompts([c.teacher for c in contexts])}
+        prompt_ids = {"teacher": self.tokenize_teacher_prompts([c.teacher for c in contexts])}
         if "base" in self._states:
             prompt_ids["base"] = unpad(output["prompt_ids"], output["prompt_mask"])  # the very ids the student saw
         if "base" in self._states or self.decomposition_monitor.due:
-            prompt_ids["reference_only"] = self._tokenize_teacher_prompts([c.reference_only for c in contexts])
+            prompt_ids["reference_only"] = self.tokenize_teacher_prompts([c.reference_only for c in contexts])
         return self.scoring_callback.score(prompt_ids, unpad(output["completion_ids"], output["completion_mask"]))
 
     def scoring_batches(
@@ -491,47 +391,11 @@ class PurifiedOPSDTrainer(ReliableTrainer, DistillationTrainer):
         mode = "train" if self.model.training else "eval"
         means = self._token_means[mode].flush()
         self._metrics[mode].update({name: [mean] for name, mean in means.items()})
-        if means.get("purification/unused_vocab_mass", 0.0) > 1e-3:
-            logger.warning_once(
-                f"The target puts {means['purification/unused_vocab_mass']:.1%} of its mass on ids that the tokenizer "
-                "does not have. Set `mask_unused_vocab: true` to leave them out."
-            )
+        warn_of_unused_vocab(means)
         super().log(logs, start_time)
 
     def _send_telemetry(self) -> None:
         """No network call that the user did not ask for: TRL's usage ping is not sent."""
-
-
-def _refuse_unusable(args: PurifiedOPSDConfig, teacher_model: Any) -> None:
-    """Refuses arguments of TRL's trainer that a self-teacher cannot honor."""
-    if teacher_model is not None:
-        raise InputError(
-            "The model is its own teacher, so `teacher_model` is not taken. To score with other weights, set "
-            "`teacher_model_name_or_path` in the config, or pass a `scoring_callback` that overrides `frozen_model`."
-        )
-    if args.teacher_model_name_or_path is None:
-        for name in ("teacher_model_init_kwargs", "teacher_model_revision"):
-            if getattr(args, name) is not None:
-                raise InputError(
-                    f"`{name}` has no effect without `teacher_model_name_or_path`. The self-teacher is loaded like "
-                    "the student: set `model_init_kwargs`, or name the teacher."
-                )
-    if dict(args.generation_kwargs or {}).get("num_return_sequences", 1) != 1:  # type: ignore[arg-type]  # parsed by now
-        raise InputError(
-            "`generation_kwargs`: one completion is sampled per prompt, so `num_return_sequences` must be 1. Repeat "
-            "rows of the dataset to sample several."
-        )
-
-
-def _named_datasets(
-    train_dataset: AnyDataset | None, eval_dataset: AnyDataset | dict[str, AnyDataset] | None
-) -> Iterator[tuple[str, AnyDataset]]:
-    if train_dataset is not None:
-        yield "train_dataset", train_dataset
-    if isinstance(eval_dataset, Mapping):
-        yield from ((f"eval_dataset[{key!r}]", dataset) for key, dataset in eval_dataset.items())
-    elif eval_dataset is not None:
-        yield "eval_dataset", eval_dataset
 
 
 def _loss_mask(inputs: Mapping[str, Any]) -> torch.Tensor:

@@ -363,4 +363,4 @@ def test_thinking_of_student_and_teacher(
     question = [259, *b"user\n1+1?"]
     for _ in range(2):  # rendering for the teacher leaves the student's kwargs as they were
         assert trainer._tokenize_prompts([prompt])[0] == [[*question, *tail[student_thinks]]]
-        assert trainer._tokenize_teacher_prompts([prompt]) == [[*question, *tail[teacher_thinks]]]
+        assert trainer.tokenize_teacher_prompts([prompt]) == [[*question, *tail[teacher_thinks]]]

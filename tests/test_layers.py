@@ -18,7 +18,7 @@ LAYERS = (
     {"scoring"},
     {"monitoring"},
     {"run_identity", "shutdown"},
-    {"checkpoints"},
+    {"reading", "checkpoints"},
     {"trainer"},
     {"train", "evaluate", "bench"},
     {"diagnose"},

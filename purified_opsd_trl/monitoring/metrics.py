@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
+from transformers.utils import logging
 
 from ..loss import TokenLoss
 from ..scores import ScoringStats
@@ -17,6 +18,11 @@ from ..scores import ScoringStats
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+
+logger = logging.get_logger(__name__)
+
+UNUSED_VOCAB_MASS = 1e-3  # share of the target's mass from which a run is warned
 
 
 class TokenMeans:
@@ -97,3 +103,13 @@ def scoring_metrics(stats: ScoringStats, accelerator: "Accelerator") -> dict[str
         "scoring/tokens_per_second": tokens / seconds,
         "scoring/padding_ratio": padded / tokens,
     }
+
+
+def warn_of_unused_vocab(means: Mapping[str, float]) -> None:
+    """Warns once where the target puts more than a thousandth of its mass on ids that the tokenizer lacks."""
+    mass = means.get("purification/unused_vocab_mass", 0.0)
+    if mass > UNUSED_VOCAB_MASS:
+        logger.warning_once(
+            f"The target puts {mass:.1%} of its mass on ids that the tokenizer does not have. Set "
+            "`mask_unused_vocab: true` to leave them out."
+        )

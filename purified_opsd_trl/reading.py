@@ -1,0 +1,144 @@
+"""
+The part of the trainer that reads data: datasets checked before training, rows turned into prompts.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from datasets import IterableDataset
+from torch.utils.data import DataLoader
+from transformers import Trainer
+
+from .backbone import context_length
+from .config import PurifiedOPSDConfig
+from .contexts import Contexts, Prompt, build_contexts
+from .dataset import AnyDataset, DatasetCheck, FirstStepGuard, as_dataset, check_columns
+from .errors import InputError
+from .rows import RowReader
+
+
+class ReadingTrainer(Trainer):
+    """Mixin of the trainer: datasets, rows and contexts."""
+
+    args: PurifiedOPSDConfig
+    model: Any
+    chat_template: str | None
+    chat_template_kwargs: Any
+    tools: list[Any]
+    _tokenize_prompts: Any  # TRL's
+
+    def read_datasets(self) -> None:
+        """Reads and checks every row of the datasets; those of a stream are checked as they arrive."""
+        args, context = self.args, context_length(self.model)
+        if context is not None and args.max_completion_length >= context:
+            raise InputError(
+                f"`max_completion_length` ({args.max_completion_length} tokens) leaves no room for a prompt in the "
+                f"model's context of {context} tokens. Lower it."
+            )
+        kwargs = (
+            self.chat_template_kwargs
+            if args.teacher_chat_template_kwargs is None
+            else args.teacher_chat_template_kwargs
+        )
+        self.reader = RowReader(
+            self.processing_class,
+            self.build_contexts,
+            args.reference_column,
+            template_kwargs={"tools": self.tools or None, "chat_template": self.chat_template, **kwargs},  # type: ignore[dict-item]
+            max_reference_length=args.max_reference_length,
+            max_prompt_length=None if context is None else context - args.max_completion_length,
+            truncate=args.overlong_reference == "truncate",
+        )
+        overridden = type(self).build_contexts is not ReadingTrainer.build_contexts
+        self._check_dataset = DatasetCheck(
+            self.reader,
+            args.invalid_rows,
+            args.overlong_reference,
+            args.output_dir or "",
+            self.accelerator,
+            show_progress=self.accelerator.is_local_main_process and not args.disable_tqdm,
+            cache_key=None if overridden else self.reader.fingerprint(),
+        )
+        if self.train_dataset is not None:
+            batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+            self.train_dataset = self._check_dataset(
+                self.train_dataset, "train_dataset", batch * self.accelerator.num_processes
+            )
+        if isinstance(self.train_dataset, IterableDataset):
+            self.add_callback(FirstStepGuard())
+        if isinstance(self.eval_dataset, Mapping):
+            self.eval_dataset = {
+                key: self._check_dataset(dataset, f"eval_dataset[{key!r}]")
+                for key, dataset in self.eval_dataset.items()
+            }
+        elif self.eval_dataset is not None:
+            self.eval_dataset = self._check_dataset(self.eval_dataset, "eval_dataset")
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        if eval_dataset is not None and not isinstance(eval_dataset, str):  # passed to `evaluate`
+            eval_dataset = as_dataset(eval_dataset, "eval_dataset")
+            check_columns(eval_dataset, "eval_dataset", self.args.reference_column)
+            eval_dataset = self._check_dataset(eval_dataset, "eval_dataset")
+        return super().get_eval_dataloader(eval_dataset)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns: list[str] = self._signature_columns or []
+        self._signature_columns = list(dict.fromkeys([*columns, self.args.reference_column]))  # type: ignore[assignment]
+
+    def build_contexts(self, row: Mapping[str, Any]) -> Contexts:
+        """
+        Builds the three prompts of one dataset row. Override it to word or arrange them differently.
+
+        Args:
+            row (`Mapping[str, Any]`):
+                Dataset row with all its columns.
+
+        Returns:
+            [`Contexts`]: the student and the base see `base`; `teacher` and `reference_only` are the frozen
+            model's alone.
+
+        Raises:
+            `InputError`: if the row cannot be used.
+        """
+        return build_contexts(
+            row,
+            reference_column=self.args.reference_column,
+            teacher_prompt_template=self.args.teacher_prompt_template,
+            reference_prompt_template=self.args.reference_prompt_template,
+        )
+
+    def tokenize_teacher_prompts(self, prompts: list[Prompt]) -> list[list[int]]:
+        """Token ids of prompts of the frozen model, whose chat template arguments may differ (thinking on or off)."""
+        student_kwargs = self.chat_template_kwargs
+        if self.args.teacher_chat_template_kwargs is not None:
+            self.chat_template_kwargs = self.args.teacher_chat_template_kwargs
+        try:
+            return self._tokenize_prompts(prompts)[0]
+        finally:
+            self.chat_template_kwargs = student_kwargs
+
+
+def as_datasets(
+    train_dataset: Any, eval_dataset: Any
+) -> tuple[AnyDataset | None, AnyDataset | dict[str, AnyDataset] | None]:
+    """Lists of rows and torch datasets as datasets; refuses what is neither."""
+    if train_dataset is not None:
+        train_dataset = as_dataset(train_dataset, "train_dataset")
+    if isinstance(eval_dataset, Mapping):
+        eval_dataset = {key: as_dataset(data, f"eval_dataset[{key!r}]") for key, data in eval_dataset.items()}
+    elif eval_dataset is not None:
+        eval_dataset = as_dataset(eval_dataset, "eval_dataset")
+    return train_dataset, eval_dataset
+
+
+def named_datasets(
+    train_dataset: AnyDataset | None, eval_dataset: AnyDataset | dict[str, AnyDataset] | None
+) -> Iterator[tuple[str, AnyDataset]]:
+    """The datasets with the names that messages give them."""
+    if train_dataset is not None:
+        yield "train_dataset", train_dataset
+    if isinstance(eval_dataset, Mapping):
+        yield from ((f"eval_dataset[{key!r}]", dataset) for key, dataset in eval_dataset.items())
+    elif eval_dataset is not None:
+        yield "eval_dataset", eval_dataset
