@@ -63,9 +63,8 @@ class PurifiedOPSDTrainer(ReliableTrainer, ReadingTrainer, DistillationTrainer):
 
     `args.target="teacher"` distils `pi_T` itself: plain OPSD, the baseline, by the same code path.
 
-    Three methods are meant to be overridden: [`~PurifiedOPSDTrainer.build_contexts`],
-    [`~PurifiedOPSDTrainer.target_logits`], and the methods of a [`TeacherScoringCallback`] passed as
-    `scoring_callback`.
+    Made to be overridden: [`~PurifiedOPSDTrainer.build_contexts`], [`~PurifiedOPSDTrainer.target_logits`], and the
+    methods of a [`TeacherScoringCallback`] passed as `scoring_callback`.
 
     Example:
 
@@ -115,7 +114,6 @@ class PurifiedOPSDTrainer(ReliableTrainer, ReadingTrainer, DistillationTrainer):
     _paper = {
         "title": "Purified OPSD: On-Policy Self-Distillation Without Losing How to Think",
         "id": "2607.02234",
-        # docstyle-ignore
         "citation": textwrap.dedent("""\
             @article{purifiedopsd2026,
                 title        = {{Purified OPSD: On-Policy Self-Distillation Without Losing How to Think}},
@@ -226,12 +224,11 @@ class PurifiedOPSDTrainer(ReliableTrainer, ReadingTrainer, DistillationTrainer):
         """Shows the rollouts to the monitors: what the student wrote, without tool results."""
         ids = unpad(output["completion_ids"], _loss_mask(output))
         texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
-        training = mode == "train"
         # Looked up, as a resumed run may hold other instances than the ones that were added
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, EpistemicMonitor):
-                self._token_means[mode].add(callback.observe(texts, ids, self.accelerator, training))
-            elif isinstance(callback, ReportCallback) and training:
+                self._token_means[mode].add(callback.observe(texts, ids, self.accelerator, mode == "train"))
+            elif isinstance(callback, ReportCallback) and mode == "train":
                 callback.observe(self.state.global_step, [row["prompt"] for row in rows], texts)
 
     # Rollout and scoring ---------------------------------------------------------------------------------------------
@@ -246,8 +243,7 @@ class PurifiedOPSDTrainer(ReliableTrainer, ReadingTrainer, DistillationTrainer):
         self._observe(inputs, output, mode)
 
         scores = self._score(contexts, output)
-        device = self.accelerator.device.type
-        dtype = torch.get_autocast_dtype(device) if self.accelerator.native_amp else None
+        dtype = torch.get_autocast_dtype(self.accelerator.device.type) if self.accelerator.native_amp else None
         output.update(self.purification_collator.training_tensors(scores.hidden, self._states, dtype))
         if self.decomposition_monitor.due:
             output.update(
@@ -304,7 +300,7 @@ class PurifiedOPSDTrainer(ReliableTrainer, ReadingTrainer, DistillationTrainer):
                 Logits with the question alone in context.
 
         Returns:
-            `torch.Tensor` of shape `[N, V]`: unnormalised log-probabilities.
+            `torch.Tensor` of shape `[N, V]`: unnormalized log-probabilities.
         """
         if self.args.target == "teacher":
             return teacher
@@ -328,8 +324,7 @@ class PurifiedOPSDTrainer(ReliableTrainer, ReadingTrainer, DistillationTrainer):
         # After the wrapped forward, where a collective cannot get between those of FSDP or DeepSpeed
         mode = "train" if self.model.training else "eval"
         sums, seconds = reduce_loss_sums(self._loss_sums, self.accelerator)
-        not_finite = sums.pop("not_finite")[0]
-        if not_finite and mode == "train":  # before the backward pass, in which DeepSpeed updates
+        if sums.pop("not_finite")[0] and mode == "train":  # before the backward pass, in which DeepSpeed updates
             self.stop_not_finite(f"the loss of {self._not_finite_rows(inputs)} is NaN or infinite")
         self._token_means[mode].add(sums)
         self._token_means[mode].add(self.decomposition_monitor.collect(self.accelerator))
@@ -343,8 +338,9 @@ class PurifiedOPSDTrainer(ReliableTrainer, ReadingTrainer, DistillationTrainer):
         row = int(self._bad_rows[0])
         prompt = inputs["prompt_ids"][row][inputs["prompt_mask"][row].bool()]
         text = " ".join(self._tokenizer.decode(prompt, skip_special_tokens=True).split())
-        count = self._bad_rows.unique().numel()
-        return f"row {row} of the batch (one of {count} such rows; its prompt ends with {text[-80:]!r})"
+        return (
+            f"row {row} of the batch (one of {self._bad_rows.unique().numel()}; its prompt ends with {text[-80:]!r})"
+        )
 
     def _compute_loss(
         self,
