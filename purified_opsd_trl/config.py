@@ -113,8 +113,8 @@ class PurifiedOPSDConfig(DistillationConfig):
         > Parameters that control the target
 
         target (`str`, *optional*, defaults to `"purified"`):
-            `"purified"` distils the pointwise-mutual-information target anchored on the base (Eq. 5-8). `"teacher"`
-            distils the privileged teacher itself: plain OPSD, the paper's baseline, by the same code path.
+            `"purified"` distills the pointwise-mutual-information target anchored on the base (Eq. 5-8). `"teacher"`
+            distills the privileged teacher itself: plain OPSD, the paper's baseline, by the same code path.
         pmi_beta (`float`, *optional*, defaults to `1.0`):
             Strength of the anchor: the target is `softmax(log P_0 + delta / pmi_beta)`. Larger means closer to the
             base. The paper's ablation holds gains for 0.5, 1 and 2.
@@ -123,12 +123,12 @@ class PurifiedOPSDConfig(DistillationConfig):
             holds gains for 5, 10 and 20.
         pmi_center (`bool`, *optional*, defaults to `True`):
             Whether to subtract the vocabulary mean of the log-ratio before the clip. `False` costs one projection
-            more, since the log-normalisers no longer cancel.
+            more, since the log-normalizers no longer cancel.
 
         > Parameters that control the loss
 
         loss_type (`str`, *optional*, defaults to `"divergence"`):
-            `"divergence"`: generalised Jensen-Shannon divergence over the full vocabulary, interpolated by `beta`.
+            `"divergence"`: generalized Jensen-Shannon divergence over the full vocabulary, interpolated by `beta`.
             `"sampled_token"`: policy-gradient style, with the advantage `log P_target(y) - log pi_theta(y)` of each
             sampled token y; `beta` has no effect, `kl_clip` is refused.
         kl_clip (`float`, *optional*):
@@ -231,7 +231,7 @@ class PurifiedOPSDConfig(DistillationConfig):
 
     # Parameters that control the target
     target: Literal["purified", "teacher"] = _option(
-        "purified", "Distil the purified target, or the privileged teacher (OPSD)."
+        "purified", "Distill the purified target, or the privileged teacher (OPSD)."
     )
     pmi_beta: PositiveFloat = _option(1.0, "Strength of the base anchor; larger is closer to the base.")
     pmi_clip: Annotated[float, Range(0)] | None = _option(

@@ -116,9 +116,9 @@ def purified_target_logits(
     pmi_center: bool = True,
 ) -> torch.Tensor:
     """
-    Unnormalised log-probabilities of the purified target (Eq. 5-8 and 13-17).
+    Unnormalized log-probabilities of the purified target (Eq. 5-8 and 13-17).
 
-    `softmax` of the result maximises `E_P[delta] - pmi_beta * KL(P || P_0)` over all distributions P: the (centred,
+    `softmax` of the result maximizes `E_P[delta] - pmi_beta * KL(P || P_0)` over all distributions P: the (centered,
     clipped) log-ratio `delta = log pi_T - log pi_ref` is the reward and the base model the anchor.
 
     Args:
@@ -150,7 +150,7 @@ def divergence(student: torch.Tensor, target: torch.Tensor, beta: float = 0.5) -
 
     - `beta = 0`: forward KL, KL(target || student).
     - `beta = 1`: reverse KL, KL(student || target).
-    - otherwise: generalised Jensen-Shannon divergence with the mixture `m = (1 - beta) * student + beta * target`:
+    - otherwise: generalized Jensen-Shannon divergence with the mixture `m = (1 - beta) * student + beta * target`:
       `beta * KL(target || m) + (1 - beta) * KL(student || m)`.
 
     Args:

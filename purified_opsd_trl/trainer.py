@@ -61,7 +61,7 @@ class PurifiedOPSDTrainer(ReliableTrainer, ReadingTrainer, DistillationTrainer):
     loss   = divergence(student, target)         mean over the completion tokens of the global batch
     ```
 
-    `args.target="teacher"` distils `pi_T` itself: plain OPSD, the baseline, by the same code path.
+    `args.target="teacher"` distills `pi_T` itself: plain OPSD, the baseline, by the same code path.
 
     Made to be overridden: [`~PurifiedOPSDTrainer.build_contexts`], [`~PurifiedOPSDTrainer.target_logits`], and the
     methods of a [`TeacherScoringCallback`] passed as `scoring_callback`.
@@ -286,7 +286,7 @@ class PurifiedOPSDTrainer(ReliableTrainer, ReadingTrainer, DistillationTrainer):
 
     def target_logits(self, teacher: torch.Tensor, reference_only: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         """
-        Target of the distillation for one chunk of tokens. Override it to distil towards another target.
+        Target of the distillation for one chunk of tokens. Override it to distill towards another target.
 
         An override is called with dense logits (fp32, after temperature, without gradient) chunk by chunk, in place of
         the fused path; memory stays bounded.

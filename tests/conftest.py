@@ -1,5 +1,5 @@
 """
-Shared fixtures: a byte-level tokenizer, tiny models of five architectures, small data sets. Nothing needs a network.
+Shared fixtures: a byte-level tokenizer, tiny models of five architectures, small datasets. Nothing needs a network.
 
 `SPECIAL_TOKENS` and the byte values make token ids readable: the id of a byte is the byte (`ord("a") == 97`), special
 tokens follow from 256 on.
@@ -158,7 +158,7 @@ def build_model(
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
         bias = model.get_output_embeddings().bias
-        if bias is not None:  # initialised to zero, which would hide a bias that is ignored
+        if bias is not None:  # initialized to zero, which would hide a bias that is ignored
             torch.nn.init.normal_(bias)
     return model.eval()
 

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from purified_opsd_trl import head as head_module
 from purified_opsd_trl.errors import InputError
@@ -45,6 +47,8 @@ def last_hidden_and_logits(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, *OTHER_FAMILIES])
 def test_head_from_model(architecture: str) -> None:
+    if architecture not in CONFIG_MAPPING_NAMES:
+        pytest.skip(f"transformers {transformers.__version__} has no {architecture}")
     if architecture in ARCHITECTURES:
         model = build_model(architecture)
     else:

@@ -52,9 +52,9 @@ def random_logits(seed: int, *shape: int, scale: float = 3.0) -> torch.Tensor:
     [
         # pi_T / pi_ref = (2, 1, 1/2); P_0 * ratio = (1/2, 1/4, 1/4)
         (1.0, None, [1 / 2, 1 / 4, 1 / 4]),
-        # the ratio squared: P_0 * (4, 1, 1/4) = (1, 1/4, 1/8), normaliser 11/8
+        # the ratio squared: P_0 * (4, 1, 1/4) = (1, 1/4, 1/8), normalizer 11/8
         (0.5, None, [8 / 11, 2 / 11, 1 / 11]),
-        # c = 1: tanh(ln 2) = 0.6, so P_0 * (e^0.6, 1, e^-0.6), normaliser 0.9799
+        # c = 1: tanh(ln 2) = 0.6, so P_0 * (e^0.6, 1, e^-0.6), normalizer 0.9799
         (1.0, 1.0, [0.46485681115029254, 0.2551188270768439, 0.28002436177286344]),
     ],
 )
@@ -338,7 +338,7 @@ def test_without_clip_and_centring_the_target_has_a_closed_form(pmi_beta) -> Non
     torch.testing.assert_close(wide, target, rtol=0, atol=1e-8)
 
 
-def test_target_maximises_reward_less_the_anchor() -> None:
+def test_target_maximizes_reward_less_the_anchor() -> None:
     # Eq. 5: P_target is the argmax of E_P[Delta_it] - pmi_beta KL(P || P_0); its value is pmi_beta log Z
     teacher, reference_only, base = (random_logits(seed, 11, scale=1.0) for seed in range(3))
     target = purified_target(teacher, reference_only, base, pmi_beta=2.0, pmi_clip=None)
@@ -353,7 +353,7 @@ def test_target_maximises_reward_less_the_anchor() -> None:
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
-def test_generalised_jsd_is_bounded_and_swaps_its_arguments(beta) -> None:
+def test_generalized_jsd_is_bounded_and_swaps_its_arguments(beta) -> None:
     student, target = log_probs(random_logits(0, 50, 11)), log_probs(random_logits(1, 50, 11))
     value = divergence(student, target, beta)
     bound = -beta * math.log(beta) - (1 - beta) * math.log(1 - beta)

@@ -100,7 +100,7 @@ def contexts(row: Any) -> Any:
 
 @pytest.fixture
 def reserve(arguments: dict[str, Any], tokenizer: Any) -> Callable[..., int | None]:
-    """`vllm_max_model_length` after looking at data sets."""
+    """`vllm_max_model_length` after looking at datasets."""
 
     def get(*datasets: Any, tools: list[Any] | None = None, **fields: Any) -> int | None:
         args = PurifiedOPSDConfig(**{**arguments, "use_vllm": True, **fields})

@@ -174,7 +174,7 @@ CASES = {
     "purified": {},
     "forward_kl": {"beta": 0.0},
     "reverse_kl": {"beta": 1.0},
-    "generalised_jsd": {"beta": 0.3, "pmi_beta": 2.0, "pmi_clip": 1.5},
+    "generalized_jsd": {"beta": 0.3, "pmi_beta": 2.0, "pmi_clip": 1.5},
     "teacher": {"target": "teacher"},
     "uncentred": {"pmi_center": False, "pmi_clip": 0.0},
     "temperature": {"temperature": 0.7},
@@ -235,7 +235,7 @@ def test_qlora_equals_the_computation_by_hand(
     fixed_rollout(trainer)
     rows = first_rows(trainer, 2)
 
-    # A model without quantisation that holds what the four bits stand for, and a student of it with the same adapter
+    # A model without quantization that holds what the four bits stand for, and a student of it with the same adapter
     initial = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     quantized = 0
     for name, module in trainer.model.get_base_model().named_modules():

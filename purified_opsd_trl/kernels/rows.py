@@ -143,7 +143,7 @@ def _divergence_block(
         if grad is not None:
             torch.sub(p, q, out=out)
     elif settings.beta == 1.0:
-        # A constant of a row cancels in `a - <a>_p`, so the normalisers enter the divergence only.
+        # A constant of a row cancels in `a - <a>_p`, so the normalizers enter the divergence only.
         mean = torch.sub(student, target, out=out).mul_(p).sum(-1)
         stats.per_token.copy_((mean - log_zp + log_zq) * LN2)
         if grad is not None:
@@ -215,7 +215,7 @@ def _raise_to_floor(logits: Tensor, top: Tensor) -> bool:
 
 
 def _softmax(logits: Tensor, out: Tensor) -> Tensor:
-    """Softmax of shifted logits into `out`; returns the log2 of the normaliser, `[n]` fp64."""
+    """Softmax of shifted logits into `out`; returns the log2 of the normalizer, `[n]` fp64."""
     torch.exp2(logits, out=out)
     norm = out.sum(-1, keepdim=True)
     out.mul_(norm.reciprocal())
@@ -242,7 +242,7 @@ def _clipped(
     """
     The divergence with every vocabulary entry's contribution bounded by `kl_clip` from above.
 
-    A bounded entry has no derivative of its own, but still feels the normaliser: with `g(v)` the derivative of the
+    A bounded entry has no derivative of its own, but still feels the normalizer: with `g(v)` the derivative of the
     entry's contribution with respect to `log p(v)`, zero where bounded, the gradient is `g - p sum_v g`.
     """
     assert settings.kl_clip is not None

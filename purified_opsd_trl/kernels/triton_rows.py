@@ -154,7 +154,7 @@ def _divergence_kernel(
     zero = tl.zeros([BLOCK // 4], tl.float32)
     top_p, top_q, top_b = zero + _LOWEST, zero + _LOWEST, zero + _LOWEST
     sum_p, sum_q, sum_b = zero, zero, zero
-    own_p, own_q, gap_q, tilt_q, saturated, unused = zero, zero, zero, zero, zero, zero
+    own_p, own_q, gap_q, tilt_q, saturated = zero, zero, zero, zero, zero
     if HAS_DELTA:
         shift = tl.load(shift_ptr + row) * delta_scale
     for start in range(0, n_cols, BLOCK):
@@ -178,8 +178,6 @@ def _divergence_kernel(
         gap_q = gap_q * rescale + tl.sum(e * (t - s), axis=1)
         if HAS_KL_BASE:
             tilt_q = tilt_q * rescale + tl.sum(e * x, axis=1)
-        if HAS_UNUSED:
-            unused = unused * rescale + tl.sum(tl.where(cols < n_used, 0.0, e), axis=1)
         top_p, rescale, e = _step(top_p, s)
         sum_p = sum_p * rescale + tl.sum(e, axis=1)
         own_p = own_p * rescale + tl.sum(e * s, axis=1)
@@ -199,7 +197,13 @@ def _divergence_kernel(
     if HAS_SATURATION:
         tl.store(saturation_ptr + row, tl.sum(saturated, axis=0) / n_cols)
     if HAS_UNUSED:
-        tl.store(unused_ptr + row, tl.sum(unused * lane_q, axis=0) / z_q)
+        # Blocks start where those of pass 1 do, so that each thread reads what it has written itself
+        unused = zero
+        for start in range(n_used // BLOCK * BLOCK, n_cols, BLOCK):
+            cols = start + lanes
+            t = tl.load(t_row + cols, mask=cols < n_cols, other=_ABSENT)
+            unused += tl.sum(tl.where(cols < n_used, 0.0, tl.exp2(t - m_q)), axis=1)
+        tl.store(unused_ptr + row, tl.sum(unused, axis=0) / z_q)
 
     # Moderate rows keep their logits as they are: subtracting the maximum would only round them
     shift_p, shift_q = _shift_of(m_p, SAFE), _shift_of(m_q, SAFE)

@@ -99,7 +99,7 @@ def test_saved_weights_reload(
     with torch.no_grad():
         logits = model.eval()(input_ids=PROBE).logits.flatten()
     initial = AutoModelForCausalLM.from_pretrained(model_dir, dtype="float32")(input_ids=PROBE).logits.flatten()
-    assert (logits - initial).abs().max() > 1e-3  # it has learnt
+    assert (logits - initial).abs().max() > 1e-3  # it has learned
     for figures in world.figures(job_name(*cell)):
         torch.testing.assert_close(torch.tensor(figures["logits"]), logits, rtol=0.0, atol=1e-5)
     torch.testing.assert_close(torch.tensor(alone(parity(*cell))["logits"]), logits, rtol=0.0, atol=1e-3)
