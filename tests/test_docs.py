@@ -74,7 +74,7 @@ def small_world(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "Qwen").mkdir()
     (tmp_path / "Qwen" / "Qwen3-0.6B").symlink_to(make_model_dir())
-    rows = read_rows("standard")
+    rows = 2 * read_rows("standard")  # the default generation batch is 16 rows
     files = {
         "problems": [{"problem": row["prompt"], "solution": row["reference"]} for row in rows],
         "messages": [

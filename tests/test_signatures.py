@@ -96,5 +96,5 @@ def test_overridden_defaults_exist() -> None:
 def test_our_constructor() -> None:
     assert names(PurifiedOPSDTrainer.__init__) == [
         *("model", "args", "train_dataset", "eval_dataset", "processing_class", "callbacks", "optimizers"),
-        *("quantization_config", "peft_config", "tools", "scoring_callback", "purification_collator"),
+        *("quantization_config", "peft_config", "tools", "scoring_callback", "purification_collator", "teacher_model"),
     ]
