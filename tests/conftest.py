@@ -16,6 +16,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["CI"] = "1"  # TRL sends no telemetry in CI
 os.environ["WANDB_MODE"] = "disabled"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # they would count among the lines of an error
 _DATASETS_CACHE = tempfile.TemporaryDirectory(prefix="purified-opsd-tests-")
 os.environ["HF_DATASETS_CACHE"] = _DATASETS_CACHE.name
 

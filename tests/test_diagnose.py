@@ -351,7 +351,7 @@ def test_the_page_works_by_keyboard_and_pointer(output: Path, tmp_path: Path, di
         ("--dataset_reference_column solution", "no column `solution`"),
         ("--dataset_prompt_column problem", "no column `problem`"),
         ("--temperature 0", "`temperature` must be positive"),
-        ("--temperature nan", "`temperature` must be positive"),
+        ("--temperature nan", "`temperature` must be a number"),
         ("--chat_template_kwargs {", "`chat_template_kwargs` is not JSON"),
         *((f"--{old} x", f"`{old}` is now called `{new}`.") for old, new in RENAMED.items()),
     ],

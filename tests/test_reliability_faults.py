@@ -243,6 +243,7 @@ def command(model_dir: Path, folder: Path, *further: str) -> list[str]:
         **{"max_completion_length": 8, "per_device_train_batch_size": 2, "save_strategy": "no", "max_steps": 4000},
         **{"output_dir": str(folder / "run"), "logging_steps": 1, "dataloader_pin_memory": False},
         **{"num_processes": 1, "mixed_precision": "no", "lr_scheduler_type": "constant"},
+        "log_style": "dict",
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return [
