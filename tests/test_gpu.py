@@ -79,10 +79,10 @@ def by_hand(
             return output.logits[0, len(ids) - 1 : -1]
 
         with torch.no_grad():
-            prompts = (contexts.question, contexts.teacher, contexts.reference_only)
+            prompts = (contexts.base, contexts.teacher, contexts.reference_only)
             scored = [logits(frozen, prompt) for prompt in prompts]
         weights = torch.full((len(completion),), 1.0 / count, device=device)
-        reference.objective(logits(student, contexts.question), *scored, weights).loss.backward()
+        reference.objective(logits(student, contexts.base), *scored, weights).loss.backward()
     return flat(student)
 
 
@@ -167,7 +167,8 @@ def test_loss_memory_keeps_to_its_budget(device: str) -> None:
     # for the blocks of the row transform, and what the allocator rounds up
     gradients = 12 * tokens * hidden
     assert memory.bytes <= (budget + 16) * MIB + gradients
-    assert memory.bytes >= budget * MIB / 4  # it was measured
+    if device == "cuda":  # on the CPU the allocator may give back what earlier tests have freed
+        assert memory.bytes >= budget * MIB / 4  # it was measured
     assert memory.bytes < 4 * tokens * vocab  # one dense tensor of logits
 
 

@@ -234,7 +234,7 @@ def test_a_mistake_exits_with_a_status_and_without_a_traceback(recipe: Callable[
     )
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
-    assert result.stderr.strip().splitlines()[-1].startswith("error: train_dataset has no column `answer`")
+    assert result.stderr.strip().splitlines()[-1].startswith("error: The dataset has no column `answer`")
 
 
 def test_an_unknown_split_lists_those_there_are() -> None:
