@@ -53,6 +53,11 @@ PositiveInt = Annotated[int, Range(1)]
 PositiveFloat = Annotated[float, Range(0, above=True)]
 
 
+def option(help: str, **kwargs: Any) -> Any:
+    """Field of a dataclass of arguments, with its help text; other arguments are those of `dataclasses.field`."""
+    return dataclasses.field(metadata={"help": help}, **kwargs)
+
+
 class CommandParser(TrlParser):
     """
     TRL's parser over dataclasses, strict about names and types. Options take precedence over the YAML file.

@@ -3,10 +3,10 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from ..arguments import CommandParser, check_types
+from ..arguments import CommandParser, check_types, option
 from ..config import DEFAULT_REFERENCE_PROMPT_TEMPLATE, DEFAULT_TEACHER_PROMPT_TEMPLATE
 from ..errors import InputError
 from ..markers import DEFAULT_MARKERS
@@ -22,37 +22,33 @@ RENAMED = {
 }
 
 
-def _option(help: str, **kwargs: Any) -> Any:
-    return field(metadata={"help": help}, **kwargs)
-
-
 @dataclass
 class DiagnoseArguments:
     """What to diagnose, and how. Each option's help text describes it; an invalid value raises an [`InputError`]."""
 
-    model_name_or_path: str = _option("Model id or path: the frozen base, and the student unless others are named.")
-    dataset_name: str = _option("File (json, jsonl, parquet), folder or hub id.")
-    adapter: list[str] = _option("Adapters on the model, each a student.", default_factory=list)
-    checkpoints: list[str] = _option("Run directories (all their checkpoints) or checkpoints.", default_factory=list)
-    dataset_config: str | None = _option("Configuration of a hub dataset.", default=None)
-    dataset_split: str = _option("Split of the dataset.", default="train")
-    dataset_prompt_column: str = _option("Column that holds the problem.", default="prompt")
-    dataset_reference_column: str = _option("Column that holds the worked solution.", default="reference")
-    system_prompt: str | None = _option("System turn put before text prompts.", default=None)
-    text_prompts: bool = _option("Leave text prompts as text, without chat template.", default=False)
-    teacher_prompt_template: str = _option("As in training.", default=DEFAULT_TEACHER_PROMPT_TEMPLATE)
-    reference_prompt_template: str = _option("As in training.", default=DEFAULT_REFERENCE_PROMPT_TEMPLATE)
-    chat_template_kwargs: dict[str, Any] | str | None = _option("Chat template arguments, as JSON.", default=None)
-    num_samples: int = _option("Problems, drawn at random. The paper uses 100.", default=100)
-    num_pages: int = _option("Samples on the per-token page.", default=8)
-    alternatives: int = _option("Likely tokens shown of each distribution.", default=5)
-    max_completion_length: int = _option("Longest completion, in tokens.", default=1024)
-    temperature: float = _option("Sampling temperature; it also divides all logits, as in training.", default=1.0)
-    batch_size: int = _option("Completions drawn at once.", default=8)
-    dtype: str = _option("Dtype of the weights.", default="auto")
-    seed: int = _option("Seed of the choice of problems and of the completions.", default=0)
-    epistemic_markers: list[str] = _option("Words to count.", default_factory=lambda: list(DEFAULT_MARKERS))
-    output_dir: str = _option("Folder to write to.", default="diagnosis")
+    model_name_or_path: str = option("Model id or path: the frozen base, and the student unless others are named.")
+    dataset_name: str = option("File (json, jsonl, parquet), folder or hub id.")
+    adapter: list[str] = option("Adapters on the model, each a student.", default_factory=list)
+    checkpoints: list[str] = option("Run directories (all their checkpoints) or checkpoints.", default_factory=list)
+    dataset_config: str | None = option("Configuration of a hub dataset.", default=None)
+    dataset_split: str = option("Split of the dataset.", default="train")
+    dataset_prompt_column: str = option("Column that holds the problem.", default="prompt")
+    dataset_reference_column: str = option("Column that holds the worked solution.", default="reference")
+    system_prompt: str | None = option("System turn put before text prompts.", default=None)
+    text_prompts: bool = option("Leave text prompts as text, without chat template.", default=False)
+    teacher_prompt_template: str = option("As in training.", default=DEFAULT_TEACHER_PROMPT_TEMPLATE)
+    reference_prompt_template: str = option("As in training.", default=DEFAULT_REFERENCE_PROMPT_TEMPLATE)
+    chat_template_kwargs: dict[str, Any] | str | None = option("Chat template arguments, as JSON.", default=None)
+    num_samples: int = option("Problems, drawn at random. The paper uses 100.", default=100)
+    num_pages: int = option("Samples on the per-token page.", default=8)
+    alternatives: int = option("Likely tokens shown of each distribution.", default=5)
+    max_completion_length: int = option("Longest completion, in tokens.", default=1024)
+    temperature: float = option("Sampling temperature; it also divides all logits, as in training.", default=1.0)
+    batch_size: int = option("Completions drawn at once.", default=8)
+    dtype: str = option("Dtype of the weights.", default="auto")
+    seed: int = option("Seed of the choice of problems and of the completions.", default=0)
+    epistemic_markers: list[str] = option("Words to count.", default_factory=lambda: list(DEFAULT_MARKERS))
+    output_dir: str = option("Folder to write to.", default="diagnosis")
 
     def __post_init__(self) -> None:
         if isinstance(self.chat_template_kwargs, str):

@@ -3,10 +3,10 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..arguments import CommandParser, check_types
+from ..arguments import CommandParser, check_types, option
 from ..errors import InputError
 from ..markers import DEFAULT_MARKERS
 from .benchmarks import PRESETS
@@ -23,10 +23,6 @@ RENAMED = {
     "no_chat_template": "text_prompts",
     "markers": "epistemic_markers",
 }
-
-
-def _option(help: str, **kwargs: Any) -> Any:
-    return field(metadata={"help": help}, **kwargs)
 
 
 @dataclass
@@ -93,33 +89,33 @@ class EvaluateArguments:
         `InputError`: for a value that cannot be used.
     """
 
-    model_name_or_path: str | None = _option("Model id or path; the base of the adapters.", default=None)
-    benchmarks: list[str] = _option(f"{', '.join(PRESETS)}, or paths of .jsonl files.", default_factory=list)
-    adapter: list[str] = _option("Adapters on the model, evaluated instead of it.", default_factory=list)
-    checkpoints: list[str] = _option("Run directories (all their checkpoint-*) or checkpoints.", default_factory=list)
-    compare: list[str] = _option(
+    model_name_or_path: str | None = option("Model id or path; the base of the adapters.", default=None)
+    benchmarks: list[str] = option(f"{', '.join(PRESETS)}, or paths of .jsonl files.", default_factory=list)
+    adapter: list[str] = option("Adapters on the model, evaluated instead of it.", default_factory=list)
+    checkpoints: list[str] = option("Run directories (all their checkpoint-*) or checkpoints.", default_factory=list)
+    compare: list[str] = option(
         "Only compare results, the first is the baseline: results.json files or inspect_ai logs.", default_factory=list
     )
-    output_dir: str = _option("Folder to write to; one subfolder per model.", default="evaluation")
-    num_generations: int = _option("Samples per problem.", default=12)
-    temperature: float = _option("Sampling temperature; 0 is greedy decoding.", default=0.6)
-    top_p: float = _option("Share of the probability mass that is kept; 1 disables it.", default=0.95)
-    top_k: int = _option("Number of most likely tokens that are kept; 0 disables it.", default=20)
-    max_completion_length: int = _option("Longest completion, in tokens.", default=32768)
-    thinking: Literal["template", "on", "off"] = _option("The chat template's enable_thinking.", default="template")
-    chat_template_kwargs: dict[str, Any] | str | None = _option("Further template arguments, as JSON.", default=None)
-    system_prompt: str | None = _option("System turn put before the problem.", default=None)
-    prompt_template: str = _option("User turn, with {problem}.", default=DEFAULT_PROMPT)
-    text_prompts: bool = _option("Plain text prompts without chat template, for base models.", default=False)
-    backend: Literal["auto", "vllm", "transformers"] = _option("What draws the samples.", default="auto")
-    batch_size: int = _option("Samples that transformers draws at once.", default=8)
-    vllm_tensor_parallel_size: int = _option("GPUs that share the model.", default=1)
-    vllm_max_model_length: int | None = _option("Longest prompt plus completion, in tokens.", default=None)
-    vllm_gpu_memory_utilization: float = _option("Share of the memory that vLLM may use.", default=0.9)
-    dtype: str = _option("Dtype of the weights.", default="auto")
-    limit: int | None = _option("Number of problems of each benchmark, from its start.", default=None)
-    seed: int = _option("Seed of the samples and of the bootstrap.", default=0)
-    epistemic_markers: list[str] = _option("Words to count.", default_factory=lambda: list(DEFAULT_MARKERS))
+    output_dir: str = option("Folder to write to; one subfolder per model.", default="evaluation")
+    num_generations: int = option("Samples per problem.", default=12)
+    temperature: float = option("Sampling temperature; 0 is greedy decoding.", default=0.6)
+    top_p: float = option("Share of the probability mass that is kept; 1 disables it.", default=0.95)
+    top_k: int = option("Number of most likely tokens that are kept; 0 disables it.", default=20)
+    max_completion_length: int = option("Longest completion, in tokens.", default=32768)
+    thinking: Literal["template", "on", "off"] = option("The chat template's enable_thinking.", default="template")
+    chat_template_kwargs: dict[str, Any] | str | None = option("Further template arguments, as JSON.", default=None)
+    system_prompt: str | None = option("System turn put before the problem.", default=None)
+    prompt_template: str = option("User turn, with {problem}.", default=DEFAULT_PROMPT)
+    text_prompts: bool = option("Plain text prompts without chat template, for base models.", default=False)
+    backend: Literal["auto", "vllm", "transformers"] = option("What draws the samples.", default="auto")
+    batch_size: int = option("Samples that transformers draws at once.", default=8)
+    vllm_tensor_parallel_size: int = option("GPUs that share the model.", default=1)
+    vllm_max_model_length: int | None = option("Longest prompt plus completion, in tokens.", default=None)
+    vllm_gpu_memory_utilization: float = option("Share of the memory that vLLM may use.", default=0.9)
+    dtype: str = option("Dtype of the weights.", default="auto")
+    limit: int | None = option("Number of problems of each benchmark, from its start.", default=None)
+    seed: int = option("Seed of the samples and of the bootstrap.", default=0)
+    epistemic_markers: list[str] = option("Words to count.", default_factory=lambda: list(DEFAULT_MARKERS))
 
     def __post_init__(self) -> None:
         if isinstance(self.chat_template_kwargs, str):

@@ -8,7 +8,6 @@ purified-opsd evaluate --model_name_or_path Qwen/Qwen3-8B --checkpoints outputs/
 """
 
 import hashlib
-import importlib.metadata
 import importlib.util
 import platform
 import time
@@ -16,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..env import versions
 from ..errors import InputError
 from ..markers import MarkerCounter
 from .answers import grade
@@ -26,6 +26,9 @@ from .compare import write_comparison
 from .store import SampleStore, write_json
 from .summary import print_summary, summarize
 from .targets import Target, find_targets, lora_rank, weights_fingerprint
+
+
+_PACKAGES = ("purified_opsd_trl", "torch", "transformers", "peft", "vllm", "math-verify")  # a result depends on
 
 
 class Prompter:
@@ -90,7 +93,7 @@ def evaluate_target(
                 "prompt_opens_thinking": thinking_open,
                 "example_prompt": example,
             },
-            "versions": _versions(),
+            "versions": {"python": platform.python_version(), **versions(_PACKAGES)},
             "sources": {b.name: b.source for b in benchmarks},
             "problem_sha256": {b.name: {p.id: p.sha256 for p in b.problems} for b in benchmarks},
             "samples_drawn_now": len(requests),
@@ -157,16 +160,6 @@ def _record(
         "markers": counter.count(text),
         "completion": text,
     }
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in ("purified_opsd_trl", "torch", "transformers", "peft", "vllm", "math-verify"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 def evaluate(args: EvaluateArguments) -> list[dict[str, Any]]:
