@@ -18,7 +18,7 @@ LAYERS = (
     {"scoring"},
     {"monitoring"},
     {"run_identity", "shutdown"},
-    {"reading", "checkpoints"},
+    {"reading", "checkpoints", "distilling"},
     {"trainer"},
     {"train", "evaluate", "bench"},
     {"diagnose"},
