@@ -122,6 +122,8 @@ class PurificationCollator:
             prefix, are a batch of their own.
         pad_to_multiple_of (`int`, *optional*):
             Length multiple of the scoring batches.
+        alone_beyond (`int`, *optional*):
+            Tokens beyond which a sequence is a batch of its own, [`~backbone.longest_alike`].
     """
 
     def __init__(
@@ -130,11 +132,13 @@ class PurificationCollator:
         max_sequences: int,
         max_tokens: int | None = None,
         pad_to_multiple_of: int | None = None,
+        alone_beyond: int | None = None,
     ):
         self.pad_token_id = pad_token_id
         self.max_sequences = max_sequences
         self.max_tokens = max_tokens
         self.pad_to_multiple_of = pad_to_multiple_of
+        self.alone_beyond = alone_beyond
 
     def plan(self, lengths: Sequence[int], width: int = 1) -> list[list[int]]:
         """
@@ -154,6 +158,8 @@ class PurificationCollator:
             # The group's first sequence is its longest, so its length is the padded length
             count = width * (len(groups[-1]) + 1) if groups else 0
             fits = groups and count <= self.max_sequences
+            if fits and self.alone_beyond is not None:
+                fits = lengths[groups[-1][0]] <= self.alone_beyond
             if fits and self.max_tokens is not None:
                 fits = count * lengths[groups[-1][0]] <= self.max_tokens
             if fits:

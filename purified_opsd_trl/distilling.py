@@ -9,6 +9,7 @@ import torch
 from transformers import Trainer
 
 from .backbone import last_hidden_states
+from .collator import PurificationCollator
 from .config import PurifiedOPSDConfig
 from .head import LMHead
 from .loss import FrozenStates, required_states, token_loss
@@ -24,6 +25,7 @@ class DistillingTrainer(Trainer):
     args: PurifiedOPSDConfig
     model: Any
     scoring_callback: TeacherScoringCallback
+    purification_collator: PurificationCollator
     decomposition_monitor: DecompositionMonitor
     _tokenizer: Any  # TRL's
     _metrics: dict[str, Any]  # TRL's
@@ -79,6 +81,7 @@ class DistillingTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
+        self._apart = self._runs_apart(inputs)
         outputs = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         # After the wrapped forward, where a collective cannot get between those of FSDP or DeepSpeed
         mode = "train" if self.model.training else "eval"
@@ -89,6 +92,14 @@ class DistillingTrainer(Trainer):
         self._token_means[mode].add(self.decomposition_monitor.collect(self.accelerator))
         self._metrics[mode]["timing/loss_seconds"].append(seconds)
         return outputs
+
+    def _runs_apart(self, inputs: dict[str, Any]) -> bool:
+        """Whether rows of the micro-batch, of any process, are too long to run together (`longest_alike`)."""
+        limit = self.purification_collator.alone_beyond
+        if limit is None:
+            return False
+        longest = (inputs["prompt_mask"].sum(-1) + inputs["completion_mask"].sum(-1)).max().view(1)
+        return bool(self.accelerator.gather(longest.to(self.accelerator.device)).max() > limit)
 
     def _not_finite_rows(self, inputs: dict[str, Any]) -> str:
         """Names the first of `_bad_rows` by its prompt."""
@@ -113,7 +124,7 @@ class DistillingTrainer(Trainer):
         # TRL enters the backbone directly, past the autocast that accelerate puts around `forward`
         with self.accelerator.autocast():
             student_hidden = last_hidden_states(
-                unwrapped_student, input_ids, attention_mask, inputs["completion_ids"].size(1)
+                unwrapped_student, input_ids, attention_mask, inputs["completion_ids"].size(1), self._apart
             )
             student_head = LMHead.from_model(unwrapped_student)
             device = student_head.weight.device

@@ -22,6 +22,7 @@ from .backbone import (
     backbone,
     keep_trainable_4bit,
     last_hidden_states,
+    longest_alike,
     position_ids,
     why_not_shareable,
     without_dropout,
@@ -199,8 +200,9 @@ class TeacherScoringCallback(TrainerCallback):
         device, run_inside = self.trainer.accelerator.device, self.trainer.run_inside
         input_ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
         if batch.prefix_ids is None or batch.prefix_mask is None:
-            count = max(batch.completion_lengths)
-            return run_inside(wrapped, unwrapped, last_hidden_states, unwrapped, input_ids, mask, count)
+            count, limit = max(batch.completion_lengths), longest_alike(unwrapped)
+            apart = limit is not None and int(batch.attention_mask.sum(-1).max()) > limit  # then the batch is one row
+            return run_inside(wrapped, unwrapped, last_hidden_states, unwrapped, input_ids, mask, count, apart)
 
         cache = DynamicCache(config=unwrapped.config)  # of the prefixes, then of sequences that continue them
 

@@ -17,6 +17,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from trl import DistillationTrainer
 from trl.trainer.utils import get_config_model_id
 
+from .backbone import longest_alike
 from .checkpoints import ReliableTrainer
 from .collator import PurificationCollator, ScoringBatch, unpad
 from .config import PurifiedOPSDConfig
@@ -36,6 +37,7 @@ from .rollout import merge_without_drift, reserve_vllm_length
 from .run_identity import check_output_dir
 from .scores import TeacherScores
 from .scoring import TeacherScoringCallback
+from .self_check import CheckedTrainer
 from .self_teacher import check_arguments
 
 
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
 
-class PurifiedOPSDTrainer(ReliableTrainer, ReadingTrainer, DistillingTrainer, DistillationTrainer):
+class PurifiedOPSDTrainer(ReliableTrainer, ReadingTrainer, CheckedTrainer, DistillingTrainer, DistillationTrainer):
     """
     Trainer for purified on-policy self-distillation (arXiv 2607.02234).
 
@@ -175,6 +177,9 @@ class PurifiedOPSDTrainer(ReliableTrainer, ReadingTrainer, DistillingTrainer, Di
         self._add_monitors()
         self.read_datasets()
         self.scoring_callback.attach(self, model if isinstance(model, str) else None)
+        models = [self.accelerator.unwrap_model(m) for m in (self.model, self.scoring_callback.teacher_model) if m]
+        limits = [limit for limit in map(longest_alike, models) if limit is not None]
+        self.purification_collator.alone_beyond = min(limits, default=None)
 
     def _default_collator(self) -> PurificationCollator:
         return PurificationCollator(
@@ -220,6 +225,7 @@ class PurifiedOPSDTrainer(ReliableTrainer, ReadingTrainer, DistillingTrainer, Di
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         mode = "train" if self.model.training else "eval"
         contexts = self.reader.contexts(inputs, f"step {self.state.global_step}, generation batch")
+        self.check_model()
         inputs = [{**row, "prompt": context.base} for row, context in zip(inputs, contexts, strict=True)]
         started = time.perf_counter()
         output = super()._generate_and_score_completions(inputs)
