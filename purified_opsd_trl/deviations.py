@@ -18,8 +18,8 @@ from .head import LMHead, gathered
 
 
 # Tokens of the checked row and of its beginnings that are rows of their own. The second exceeds the windows of short
-# convolutions and compressed attention also where it is padded; the shortest one may get no mask at all. The amounts of
-# padding, 73 and 150, are no multiples of such windows.
+# convolutions and compressed attention also where it is padded; the shortest may get no mask at all. The padding of 73
+# and 150 tokens is no multiple of such windows.
 LENGTHS = (193, 160, 7)
 LONG = LENGTHS[0]
 

@@ -30,6 +30,7 @@ class DistillingTrainer(Trainer):
     _tokenizer: Any  # TRL's
     _metrics: dict[str, Any]  # TRL's
     stop_not_finite: Any  # `ReliableTrainer`'s
+    _apart = False  # whether rows of the micro-batch run by themselves
 
     def set_up_loss(self) -> None:
         """Fixes what the loss needs; called once, when the model is there."""

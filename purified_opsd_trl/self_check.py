@@ -5,7 +5,7 @@ The self-check before the first step: does this model, as it is set up here, com
 head        logits of the output head = logits of the model             else an error
 later       a state does not depend on the tokens after it              else an error
 together    a padded row in a batch = the row by itself                 else rows run one by one, with a warning
-policy      the disabled adapter, or the frozen copy = the student      else a warning, or an error
+policy      the disabled adapter, or the frozen copy = the student      else a warning
 base        the loss towards the base itself = 0                        else an error
 gradient    first and last trained layer get one in the first step      else an error
 ```
@@ -136,19 +136,19 @@ class CheckedTrainer(Trainer):
         layers = getattr(student.config.get_text_config(), "num_hidden_layers", None) or 1
         most = tolerance(coarsest_dtype(student), layers, 0.0)
         (policy,) = self._largest(typical(own, theirs, half))
-        if policy > most and is_peft_model(student) and self.args.teacher_model_kind == "base":
+        if policy > most:
+            adapter = is_peft_model(student) and self.args.teacher_model_kind == "base"
             logger.warning(
-                f"Self-check: the adapter already changes the model (states move by {policy:.2g}), so teacher, probe "
-                "and base are not the policy that training starts from, but the model under the disabled adapter. To "
-                "distill from the present policy, merge the adapter first and train a new one."
+                f"Self-check: teacher, probe and base are not the policy that training starts from: its states are "
+                f"{policy:.2g} from theirs (up to {most:.1g} is rounding). "
+                + (
+                    "The adapter already changes the model; to distill from it, merge it and train a new one."
+                    if adapter
+                    else "Were weights missing from the checkpoint and drawn anew for the frozen copy? Then pass the "
+                    "model as an instance."
+                )
             )
             return
-        if policy > most:
-            raise InputError(
-                f"Self-check: the frozen model's states are {policy:.2g} from the unmoved student's (up to {most:.1g} "
-                "is rounding). Were weights missing from the checkpoint and drawn anew for each copy? Repair the "
-                "checkpoint, pass the model as an instance, or set `teacher_model_kind: live`."
-            )
         (loss,) = self._largest(self._loss_towards_itself(student, ids))
         if not abs(loss) <= _SELF_DIVERGENCE[half]:
             raise InputError(

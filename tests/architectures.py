@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from purified_opsd_trl import LMHead, PurifiedOPSDConfig, PurifiedOPSDTrainer
 from purified_opsd_trl.backbone import last_hidden_states, runs_rows_apart
+from purified_opsd_trl.deviations import LONG, deviations, tolerance
 from purified_opsd_trl.errors import InputError
 from tests.conftest import build_tokenizer
 
@@ -100,9 +101,22 @@ FAMILIES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 # Absolute, rotary and learned positions, no positions, softcap, scale, recurrence, convolution, mixtures of experts
 QUICK = {
     **dict.fromkeys(("qwen3", "gemma2", "cohere", "phi3", "gpt2", "bloom", "qwen3_moe", "lfm2", "mamba"), "exact"),
-    **{"llama4_text": "exact", "doge": "row by row", "recurrent_gemma": "row by row", "rwkv": "row by row"},
+    **{"llama4_text": "exact", "doge": "refused", "recurrent_gemma": "row by row", "rwkv": "row by row"},
     **{"bart": "row by row", "modernbert-decoder": "refused", "cpmant": "refused"},
 }
+
+
+def verdict(model: PreTrainedModel) -> tuple[str, str]:
+    """What the self-check would make of a model, and why, from the deviations alone."""
+    ids = torch.randint(5, 250, (LONG,), generator=torch.Generator().manual_seed(0)).tolist()
+    with torch.no_grad():
+        found = deviations(model, ids, 0, torch.device("cpu"))
+    most = tolerance(torch.float32, getattr(model.config.get_text_config(), "num_hidden_layers", 1), found.rounding)
+    if not found.head <= most:
+        return "refused", "transforms states between the backbone and the output embeddings"
+    if not found.later <= most:
+        return "refused", "not causal: states change with later tokens"
+    return ("exact", "") if found.together <= most else ("row by row", "padding or other rows change the states")
 
 
 @dataclass(frozen=True)
