@@ -62,6 +62,11 @@ class PurifiedOPSDConfig(DistillationConfig):
 
         reference_column (`str`, *optional*, defaults to `"reference"`):
             Name of the dataset column that holds the worked solution (a string or a list of messages).
+        reference_source (`str`, *optional*, defaults to `"own"`):
+            Control experiment: `"own"` reference, the reference of `"other"` rows (drawn with `seed`, never the row's
+            own text), or `"none"`, the templates with an empty reference.
+        wrong_reference_column (`str`, *optional*):
+            Column of a wrong reference for `target: contrastive`. `None` takes the reference of another row.
         teacher_prompt_template (`str`, *optional*):
             User turn of the privileged teacher. Must hold `{question}` and `{reference}`; any other brace is literal.
         reference_prompt_template (`str`, *optional*):
@@ -120,6 +125,8 @@ class PurifiedOPSDConfig(DistillationConfig):
         target (`str`, *optional*, defaults to `"purified"`):
             `"purified"` distills the pointwise-mutual-information target anchored on the base (Eq. 5-8). `"teacher"`
             distills the privileged teacher itself: plain OPSD, the paper's baseline, by the same code path.
+            `"interpolated"` distills `softmax((1 - w) z_base + w z_teacher)`, and `"contrastive"` what a correct
+            reference says more than a wrong one.
         pmi_beta (`float`, *optional*, defaults to `1.0`):
             Strength of the anchor: the target is `softmax(log P_0 + delta / pmi_beta)`. Larger means closer to the
             base. The paper's ablation holds gains for 0.5, 1 and 2.
@@ -129,6 +136,14 @@ class PurifiedOPSDConfig(DistillationConfig):
         pmi_center (`bool`, *optional*, defaults to `True`):
             Whether to subtract the vocabulary mean of the log-ratio before the clip. `False` costs one projection
             more, since the log-normalizers no longer cancel.
+        interpolation_weight (`float`, *optional*, defaults to `0.5`):
+            `"interpolated"`: weight w of the teacher, from 0 (base) to 1 (plain OPSD).
+        contrastive_alpha (`float`, *optional*, defaults to `0.5`):
+            `"contrastive"`: strength a of the contrast.
+        contrastive_floor (`float`, *optional*, defaults to `-10.0`):
+            `"contrastive"`: lower bound, in nats, of the log-probabilities under the wrong reference.
+        contrastive_tau (`float`, *optional*, defaults to `1.0`):
+            `"contrastive"`: KL between correct and wrong reference, in nats, at which a token has half of its weight.
 
         > Parameters that control the loss
 
@@ -197,6 +212,12 @@ class PurifiedOPSDConfig(DistillationConfig):
 
     # Parameters that control the contexts
     reference_column: str = _option("reference", "Dataset column that holds the worked solution (string or messages).")
+    reference_source: Literal["own", "other", "none"] = _option(
+        "own", "Control: the row's own reference, that of another row, or none (the templates with an empty one)."
+    )
+    wrong_reference_column: str | None = _option(
+        None, "contrastive: column of a wrong reference. None: the reference of another row."
+    )
     teacher_prompt_template: str = _option(
         DEFAULT_TEACHER_PROMPT_TEMPLATE, "User turn of the privileged teacher, with {question} and {reference}."
     )
@@ -238,14 +259,25 @@ class PurifiedOPSDConfig(DistillationConfig):
     )
 
     # Parameters that control the target
-    target: Literal["purified", "teacher"] = _option(
-        "purified", "Distill the purified target, or the privileged teacher (OPSD)."
+    target: Literal["purified", "teacher", "interpolated", "contrastive"] = _option(
+        "purified", "Distill the purified target, the privileged teacher (OPSD), or another one of docs/targets.md."
     )
     pmi_beta: PositiveFloat = _option(1.0, "Strength of the base anchor; larger is closer to the base.")
     pmi_clip: Annotated[float, Range(0)] | None = _option(
         10.0, "Bound of the soft clip of the log-ratio, in nats. 0 switches it off."
     )
     pmi_center: bool = _option(True, "Subtract the vocabulary mean of the log-ratio before the clip.")
+
+    interpolation_weight: Annotated[float, Range(0, 1)] = _option(
+        0.5, "interpolated: weight of the teacher's logits; the rest is the base's."
+    )
+    contrastive_alpha: Annotated[float, Range(0)] = _option(0.5, "contrastive: strength; 0 is the teacher.")
+    contrastive_floor: float = _option(
+        -10.0, "contrastive: lower bound of the log-probabilities under the wrong reference, in nats."
+    )
+    contrastive_tau: Annotated[float, Range(0)] = _option(
+        1.0, "contrastive: KL(correct || wrong), in nats, at which a token has half of its weight."
+    )
 
     # Parameters that control the loss
     loss_type: Literal["divergence", "sampled_token"] = _option(
@@ -331,6 +363,11 @@ class PurifiedOPSDConfig(DistillationConfig):
             raise InputError("`reference_column` must be the name of a column, got an empty one.")
         if not self.epistemic_markers or not all(marker.strip() for marker in self.epistemic_markers):
             raise InputError("`epistemic_markers` must list at least one word, and no empty ones.")
+        if self.target == "contrastive" and self.reference_source != "own":
+            raise InputError(
+                f"`target: contrastive` needs the row's own reference beside the wrong one, not "
+                f"`reference_source: {self.reference_source}`. Remove one of the two keys."
+            )
         if self.teacher_model_kind != "base" and self.teacher_model_name_or_path is not None:
             raise InputError(
                 f"`teacher_model_kind: {self.teacher_model_kind}` makes the student its own teacher and cannot be "

@@ -1,16 +1,17 @@
 """
-Dataset row -> the three prompts that one completion is scored under.
+Dataset row -> the prompts that one completion is scored under.
 
 ```text
 base            the question as the student sees it           student pi_theta, base P_0
 teacher         question and reference in the last user turn  privileged teacher pi_T
 reference_only  reference, no question-bearing turn           reference-only probe pi_ref
+wrong           question and another reference                only for `target: contrastive`
 ```
 """
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from .errors import InputError
@@ -33,11 +34,14 @@ class Contexts:
             The privileged teacher's prompt: question and reference.
         reference_only (`str` or `list[dict]`):
             The reference-only probe's prompt: the reference without the question.
+        wrong (`str` or `list[dict]`, *optional*):
+            The teacher's prompt with a wrong reference.
     """
 
     base: Prompt
     teacher: Prompt
     reference_only: Prompt
+    wrong: Prompt | None = None
 
 
 def fill_template(template: str, **values: str) -> str:
@@ -135,6 +139,8 @@ def build_contexts(
     reference_column: str,
     teacher_prompt_template: str,
     reference_prompt_template: str,
+    wrong_reference_column: str | None = None,
+    without_reference: bool = False,
 ) -> Contexts:
     """
     Builds the three prompts of one row.
@@ -154,6 +160,10 @@ def build_contexts(
             Template with `{question}` and `{reference}`.
         reference_prompt_template (`str`):
             Template with `{reference}`.
+        wrong_reference_column (`str`, *optional*):
+            Column of a wrong reference, for the fourth prompt.
+        without_reference (`bool`, *optional*, defaults to `False`):
+            Fill an empty reference into the templates.
 
     Returns:
         [`Contexts`]
@@ -167,7 +177,20 @@ def build_contexts(
             f"no column `{reference_column}`; the row has {', '.join(f'`{c}`' for c in row)}. Set `reference_column` "
             "to the column that holds the worked solution."
         )
+    if wrong_reference_column is not None:
+        right, other = (
+            build_contexts(
+                row,
+                reference_column=column,
+                teacher_prompt_template=teacher_prompt_template,
+                reference_prompt_template=reference_prompt_template,
+            )
+            for column in (reference_column, wrong_reference_column)
+        )
+        return replace(right, wrong=other.teacher)
     reference = reference_text(row[reference_column], reference_column)
+    if without_reference:
+        reference = ""
     prompt = row.get("prompt")
     reference_prompt = fill_template(reference_prompt_template, reference=reference)
     if isinstance(prompt, str):

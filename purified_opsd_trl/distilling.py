@@ -17,6 +17,7 @@ from .monitoring.decomposition import DecompositionMonitor
 from .monitoring.metrics import TokenMeans, clock, loss_sums, reduce_loss_sums
 from .purification import purified_target_logits
 from .scoring import TeacherScoringCallback
+from .targets import DENSE_TARGETS
 
 
 class DistillingTrainer(Trainer):
@@ -66,6 +67,8 @@ class DistillingTrainer(Trainer):
         """
         if self.args.target == "teacher":
             return teacher
+        if self.args.target in DENSE_TARGETS:
+            raise NotImplementedError(f"`target: {self.args.target}` is a function in `purified_opsd_trl.targets`.")
         return purified_target_logits(
             teacher,
             reference_only,

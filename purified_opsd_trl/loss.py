@@ -24,6 +24,7 @@ from .errors import InputError
 from .head import LMHead, gathered
 from .kernels.fused import AttachGradient, fused_loss
 from .kernels.settings import LossSettings
+from .targets import DENSE_TARGETS
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,15 @@ class FrozenStates:
             Question and reference in context.
         reference_only (`torch.Tensor` of shape `[N, H]`, *optional*):
             Reference in context, no question.
+        wrong (`torch.Tensor` of shape `[N, H]`, *optional*):
+            Question and a wrong reference in context.
     """
 
     base: Tensor | None = None
     delta: Tensor | None = None
     teacher: Tensor | None = None
     reference_only: Tensor | None = None
+    wrong: Tensor | None = None
 
     @classmethod
     def of_tokens(cls, inputs: Mapping[str, Tensor], valid: Tensor) -> FrozenStates:
@@ -127,6 +131,8 @@ def required_states(settings: LossSettings, head_is_linear: bool, custom_target:
     """
     if custom_target:
         return ("base", "teacher", "reference_only")
+    if settings.target in DENSE_TARGETS:
+        return DENSE_TARGETS[settings.target].states
     if settings.target == "teacher":
         return ("teacher",)
     if head_is_linear and settings.pmi_center and settings.loss_type == "divergence":

@@ -14,6 +14,7 @@ from .config import PurifiedOPSDConfig
 from .contexts import Contexts, Prompt, build_contexts
 from .dataset import AnyDataset, DatasetCheck, FirstStepGuard, as_dataset, check_columns
 from .errors import InputError
+from .references import OTHER_REFERENCE, with_other_references
 from .rows import RowReader
 
 
@@ -43,13 +44,14 @@ class ReadingTrainer(Trainer):
         self.reader = RowReader(
             self.processing_class,
             self.build_contexts,
-            args.reference_column,
+            self._reference_column(),
             template_kwargs={"tools": self.tools or None, "chat_template": self.chat_template, **kwargs},  # type: ignore[dict-item]
             max_reference_length=args.max_reference_length,
             max_prompt_length=None if context is None else context - args.max_completion_length,
             truncate=args.overlong_reference == "truncate",
         )
-        overridden = type(self).build_contexts is not ReadingTrainer.build_contexts
+        # What these read of a row cannot be fingerprinted
+        overridden = type(self).build_contexts is not ReadingTrainer.build_contexts or args.target == "contrastive"
         self._check_dataset = DatasetCheck(
             self.reader,
             args.invalid_rows,
@@ -78,13 +80,16 @@ class ReadingTrainer(Trainer):
         if eval_dataset is not None and not isinstance(eval_dataset, str):  # passed to `evaluate`
             eval_dataset = as_dataset(eval_dataset, "eval_dataset")
             check_columns(eval_dataset, "eval_dataset", self.args.reference_column)
+            eval_dataset = with_other_references(eval_dataset, self.args, "eval_dataset")
             eval_dataset = self._check_dataset(eval_dataset, "eval_dataset")
         return super().get_eval_dataloader(eval_dataset)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns: list[str] = self._signature_columns or []
-        self._signature_columns = list(dict.fromkeys([*columns, self.args.reference_column]))  # type: ignore[assignment]
+        read = [self.args.reference_column, OTHER_REFERENCE, self.args.wrong_reference_column]
+        columns = [*columns, *(name for name in read if name is not None)]
+        self._signature_columns = list(dict.fromkeys(columns))  # type: ignore[assignment]
 
     def build_contexts(self, row: Mapping[str, Any]) -> Contexts:
         """
@@ -101,12 +106,19 @@ class ReadingTrainer(Trainer):
         Raises:
             `InputError`: if the row cannot be used.
         """
+        contrastive = self.args.target == "contrastive"
         return build_contexts(
             row,
-            reference_column=self.args.reference_column,
+            reference_column=self._reference_column(),
+            wrong_reference_column=(self.args.wrong_reference_column or OTHER_REFERENCE) if contrastive else None,
+            without_reference=self.args.reference_source == "none",
             teacher_prompt_template=self.args.teacher_prompt_template,
             reference_prompt_template=self.args.reference_prompt_template,
         )
+
+    def _reference_column(self) -> str:
+        """Column of the reference that teacher and probe see."""
+        return OTHER_REFERENCE if self.args.reference_source == "other" else self.args.reference_column
 
     def tokenize_teacher_prompts(self, prompts: list[Prompt]) -> list[list[int]]:
         """Token ids of prompts of the frozen model, whose chat template arguments may differ (thinking on or off)."""

@@ -311,7 +311,8 @@ class RowReader:
 
     def _measured(self, contexts: Contexts, reference: str) -> list[_Measured]:
         """The texts of a row whose length is limited; both prompts are rendered, as the template may refuse them."""
-        prompts = [self._render(prompt) for prompt in (contexts.teacher, contexts.reference_only)]
+        privileged = (contexts.teacher, contexts.reference_only, contexts.wrong)
+        prompts = [self._render(prompt) for prompt in privileged if prompt is not None]
         limit, reference_limit = self.max_prompt_length, self.max_reference_length
         texts = [] if limit is None else [(text, special, limit) for text, special in prompts]
         return texts if reference_limit is None else [*texts, (reference, False, reference_limit)]

@@ -33,6 +33,7 @@ from .monitoring.epistemic import EpistemicMonitor
 from .monitoring.metrics import scoring_metrics, warn_of_unused_vocab
 from .monitoring.report import ReportCallback
 from .reading import ReadingTrainer, as_datasets, named_datasets
+from .references import with_other_references
 from .rollout import merge_without_drift, reserve_vllm_length
 from .run_identity import check_output_dir
 from .scores import TeacherScores
@@ -149,6 +150,8 @@ class PurifiedOPSDTrainer(ReliableTrainer, ReadingTrainer, CheckedTrainer, Disti
         train_dataset, eval_dataset = as_datasets(train_dataset, eval_dataset)
         for name, dataset in named_datasets(train_dataset, eval_dataset):
             check_columns(dataset, name, args.reference_column)  # before the model is loaded
+        train_dataset = with_other_references(train_dataset, args, "train_dataset")
+        eval_dataset = with_other_references(eval_dataset, args, "eval_dataset")
         check_output_dir(str(args.output_dir))
         if args.use_vllm:
             require_extra("vllm", "`use_vllm`")
@@ -253,7 +256,9 @@ class PurifiedOPSDTrainer(ReliableTrainer, ReadingTrainer, CheckedTrainer, Disti
         prompt_ids = {"teacher": self.tokenize_teacher_prompts([c.teacher for c in contexts])}
         if "base" in self._states:
             prompt_ids["base"] = unpad(output["prompt_ids"], output["prompt_mask"])  # the very ids the student saw
-        if "base" in self._states or self.decomposition_monitor.due:
+        if "wrong" in self._states:
+            prompt_ids["wrong"] = self.tokenize_teacher_prompts([c.wrong for c in contexts if c.wrong is not None])
+        if {"reference_only", "delta"} & {*self._states} or self.decomposition_monitor.due:
             prompt_ids["reference_only"] = self.tokenize_teacher_prompts([c.reference_only for c in contexts])
         return self.scoring_callback.score(prompt_ids, unpad(output["completion_ids"], output["completion_mask"]))
 

@@ -58,7 +58,11 @@ FIELDS: dict[str, dict[str, Any]] = {
     "rembert": {"output_embedding_size": 32, "input_embedding_size": 32},
     "zaya": {"num_experts_per_tok": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "gemma3n_text": {"vocab_size_per_layer_input": VOCAB, "layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 0},
+    "gemma3n_text": {
+        "vocab_size_per_layer_input": VOCAB,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "num_kv_shared_layers": 0,
+    },
     "zamba2": {"layer_types": ["mamba", "hybrid"]},
     "zamba": {"layer_types": ["mamba", "hybrid"]},
     "gemma4": {"text_config": {"vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 8}},

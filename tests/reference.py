@@ -139,6 +139,24 @@ def purified_target(
     return log_probs(log_probs(base) + delta / pmi_beta)
 
 
+def interpolated_target(base: Tensor, teacher: Tensor, weight: float) -> Tensor:
+    """Log-probabilities `[..., V]` of `softmax((1 - w) log P_0 + w log pi_T)`."""
+    return log_probs((1 - weight) * log_probs(base) + weight * log_probs(teacher))
+
+
+def contrastive_target(
+    correct: Tensor, wrong: Tensor, alpha: float, floor: float, tau: float
+) -> tuple[Tensor, Tensor]:
+    """
+    Log-probabilities `[..., V]` of `softmax((1 + alpha) log p_c - alpha max(log p_w, floor))`, and the weight `[...]`
+    of each token, `KL(p_c || p_w) / (KL(p_c || p_w) + tau)`.
+    """
+    log_c, log_w = log_probs(correct), log_probs(wrong)
+    distance = kl(log_c, log_w)
+    bounded = torch.where(log_w < floor, torch.full_like(log_w, floor), log_w)
+    return log_probs((1 + alpha) * log_c - alpha * bounded), distance / (distance + tau)
+
+
 def clip_saturation(
     teacher: Tensor, reference_only: Tensor, pmi_clip: float | None, pmi_center: bool = True
 ) -> Tensor | None:

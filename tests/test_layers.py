@@ -10,9 +10,9 @@ import purified_opsd_trl
 ROOT = Path(purified_opsd_trl.__file__).parent
 LAYERS = (
     {"errors", "extras", "env", "arguments", "markers", "backbone"},
-    {"head", "purification"},
+    {"head", "purification", "targets"},
     {"kernels"},
-    {"config", "contexts", "scores", "rows", "dataset", "loading"},
+    {"config", "contexts", "scores", "rows", "dataset", "loading", "references"},
     {"collator", "loss", "deviations"},
     {"self_teacher", "rollout"},
     {"scoring"},

@@ -14,12 +14,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..head import LN2, LOG2E, LMHead, add_to_weight, back_to_hidden, operand_dtype, project
+from ..targets import DENSE_TARGETS, DenseTarget
 from .rows import RowStats, divergence_rows, sampled_token, score
 from .settings import LossSettings
 
@@ -123,6 +125,7 @@ class _Pass:
     ):
         self.hidden, self.states, self.loss_weights, self.settings = hidden, states, weights, settings
         self.labels, self.target_logits, self.used, self.operand = labels, target_logits, used_vocab, operand
+        self.dense = DENSE_TARGETS.get(settings.target) if target_logits is None else None
         self.head_dtype = student.weight.dtype
         self.student = student.cast(operand)
         shared = student.same_weight(frozen)
@@ -138,6 +141,8 @@ class _Pass:
         top = weights.abs().max() if len(hidden) else weights.new_ones(())
         self.unit = top.clamp(min=torch.finfo(torch.float32).tiny)
         self.weights = weights.to(self.dtype) / self.unit
+        if self.dense is not None and self.dense.weights is not None:
+            self.loss_weights = weights.clone()  # written chunk by chunk
         self.mean_row = self.frozen.weight.mean(0, dtype=self.dtype) if "delta" in states else None
 
     def _empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -149,7 +154,7 @@ class _Pass:
         cast = self.needs_grad and self.operand != self.dtype
         self.chunk = self.settings.loss_chunk_size or 0
         if not self.chunk:
-            dense = self.target_logits is not None or self.labels is not None
+            dense = any(x is not None for x in (self.target_logits, self.labels, self.dense))
             rows = buffers_per_token(len(self.states), dense, capped, cast)
             self.chunk = max(1, int(self.settings.loss_memory_budget * 2**20 / (4 * rows * self.vocab)))
         n = min(self.chunk, max(len(self.hidden), 1))
@@ -247,6 +252,8 @@ class _Pass:
             assert self.mean_row is not None
             mean = self.states["delta"][start:end].to(self.dtype) @ self.mean_row
             return logits["base"], logits["delta"], mean * self.frozen.alpha
+        if self.dense is not None:
+            return self._dense_target(self.dense, logits, stats, start, end), None, None
         teacher, reference_only, base = (logits.get(name) for name in ("teacher", "reference_only", "base"))
         assert teacher is not None
         if self.labels is not None:
@@ -269,6 +276,24 @@ class _Pass:
             return base, delta, delta.mean(-1)
         norms = [torch.logsumexp(x * LN2, -1) * LOG2E for x in (teacher, reference_only)]
         return base, teacher.sub_(reference_only), norms[0] - norms[1]
+
+    def _dense_target(
+        self, dense: DenseTarget, logits: dict[str, Tensor], stats: RowStats, start: int, end: int
+    ) -> Tensor:
+        """Base-2 logits `[n, V]` of a dense target, whose weights go into the loss."""
+        if self.labels is not None:
+            named = {name: score(logits[name], self.labels[start:end]) for name in logits if name in self.at_label}
+            self._note(**named)
+        arguments: dict[str, Any] = {name: x.mul_(LN2) for name, x in logits.items()}
+        arguments |= {name: getattr(self.settings, name) for name in dense.options}
+        target = dense.logits(**arguments)
+        if dense.weights is not None:
+            factor = dense.weights(**arguments)
+            self.weights[start:end] *= factor
+            self.loss_weights[start:end] *= factor.to(self.loss_weights.dtype)
+        if "base" in logits:
+            self._kl_base(target, logits["base"], stats)
+        return target.mul_(LOG2E)
 
     def _kl_base(self, target: Tensor, base: Tensor, stats: RowStats) -> None:
         """`KL(target || base)` where the row transform does not see the base; natural logits `[n, V]`."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ..errors import InputError
 from ..head import LN2, LOG2E
+from ..targets import DENSE_TARGETS
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class LossSettings:
 
     Args:
         target (`str`, *optional*, defaults to `"purified"`):
-            `"purified"`, or `"teacher"` for plain on-policy self-distillation.
+            `"purified"`, `"teacher"` for plain on-policy self-distillation, or one of `DENSE_TARGETS`.
         loss_type (`str`, *optional*, defaults to `"divergence"`):
             `"divergence"` over the full vocabulary, or `"sampled_token"`: `-A log pi_theta(y)` with the advantage
             `A = log P_target(y) - log pi_theta(y)` held constant.
@@ -31,6 +32,14 @@ class LossSettings:
             Bound `c` of the soft clip `c tanh(x / c)`, nats. `None` for no clip.
         pmi_center (`bool`, *optional*, defaults to `True`):
             Whether `Delta_it` is centered over the vocabulary.
+        interpolation_weight (`float`, *optional*, defaults to `0.5`):
+            `"interpolated"`: weight of the teacher's logits against the base's, from 0 to 1.
+        contrastive_alpha (`float`, *optional*, defaults to `0.5`):
+            `"contrastive"`: strength of the contrast; 0 is the teacher.
+        contrastive_floor (`float`, *optional*, defaults to `-10.0`):
+            `"contrastive"`: lower bound of the log-probabilities under the wrong reference, nats.
+        contrastive_tau (`float`, *optional*, defaults to `1.0`):
+            `"contrastive"`: `KL(correct || wrong)` at which a token has half of its weight, nats. 0 for full weight.
         kl_clip (`float`, *optional*):
             Upper bound of the contribution of one vocabulary entry to a token's divergence, nats.
         mask_unused_vocab (`bool`, *optional*, defaults to `False`):
@@ -51,6 +60,10 @@ class LossSettings:
     pmi_beta: float = 1.0
     pmi_clip: float | None = 10.0
     pmi_center: bool = True
+    interpolation_weight: float = 0.5
+    contrastive_alpha: float = 0.5
+    contrastive_floor: float = -10.0
+    contrastive_tau: float = 1.0
     kl_clip: float | None = None
     mask_unused_vocab: bool = False
     loss_chunk_size: int | None = None
@@ -61,7 +74,12 @@ class LossSettings:
             if not ok:
                 raise InputError(f"`{name}` must be {expected}, got {getattr(self, name)!r}.")
 
-        check("target", self.target in ("purified", "teacher"), "'purified' or 'teacher'")
+        names = ("purified", "teacher", *DENSE_TARGETS)
+        check("target", self.target in names, f"one of {', '.join(names)}")
+        check("interpolation_weight", 0.0 <= self.interpolation_weight <= 1.0, "a number from 0 to 1")
+        check("contrastive_floor", -math.inf < self.contrastive_floor <= 0.0, "a finite number up to 0")
+        for name in ("contrastive_alpha", "contrastive_tau"):
+            check(name, 0.0 <= getattr(self, name) < math.inf, "a number from 0")
         check("loss_type", self.loss_type in ("divergence", "sampled_token"), "'divergence' or 'sampled_token'")
         check("beta", 0.0 <= self.beta <= 1.0, "a number from 0 to 1")
         check("pmi_beta", 0 < self.pmi_beta < math.inf, "a positive number (larger is closer to the base)")

@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from ..env import run_versions
+from ..targets import DENSE_TARGETS
 from .decomposition import share_in_words
 from .page import facts, line_chart, number, origin_facts, page, table, template
 
@@ -226,6 +227,10 @@ def _dataset_fact(name: str | None, dataloader: Any) -> str:
 def _target(args: Any) -> str:
     if args.target == "teacher":
         return "teacher (plain on-policy self-distillation)"
+    if args.target in DENSE_TARGETS:
+        return ", ".join(
+            (args.target, *(f"{name} {getattr(args, name)}" for name in DENSE_TARGETS[args.target].options))
+        )
     return f"{args.target}, pmi_beta {args.pmi_beta}, pmi_clip {args.pmi_clip}"
 
 
