@@ -1,6 +1,5 @@
 """Every knob of purified self-distillation, in one validated dataclass."""
 
-import json
 import os
 import re
 from dataclasses import dataclass, field, fields
@@ -10,7 +9,7 @@ import torch
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available, logging
 from trl import DistillationConfig
 
-from .arguments import PositiveFloat, PositiveInt, Range, check_type, check_types
+from .arguments import PositiveFloat, PositiveInt, Range, as_mapping, check_markers, check_type, check_types
 from .errors import InputError
 from .kernels.settings import LossSettings
 from .markers import DEFAULT_MARKERS
@@ -297,12 +296,7 @@ class PurifiedOPSDConfig(DistillationConfig):
         for name in self._VALID_DICT_FIELDS:
             value = getattr(self, name)
             if isinstance(value, str) and (value.startswith("{") or name == "teacher_chat_template_kwargs"):
-                try:
-                    check_type(name, json.loads(value), dict)
-                except json.JSONDecodeError as error:
-                    raise InputError(
-                        f"`{name}` must be a mapping, or one as JSON: {value!r} is not: {error}."
-                    ) from None
+                check_type(name, as_mapping(name, value), dict)
 
     def _check_templates(self) -> None:
         if self.reference_column == "prompt":
@@ -321,8 +315,7 @@ class PurifiedOPSDConfig(DistillationConfig):
     def _check_combinations(self) -> None:
         if not self.reference_column.strip():
             raise InputError("`reference_column` must be the name of a column, got an empty one.")
-        if not self.epistemic_markers or not all(marker.strip() for marker in self.epistemic_markers):
-            raise InputError("`epistemic_markers` must list at least one word, and no empty ones.")
+        check_markers(self.epistemic_markers)
         if self.teacher_model_kind != "base" and self.teacher_model_name_or_path is not None:
             raise InputError(
                 f"`teacher_model_kind: {self.teacher_model_kind}` makes the student its own teacher and cannot be "
