@@ -50,7 +50,11 @@ class StudentTrainer(Protocol):
         """Adds a callback to the trainer's."""
 
     def scoring_batches(
-        self, prompt_ids: dict[str, list[list[int]]], completion_ids: list[list[int]], share_prefixes: bool
+        self,
+        prompt_ids: dict[str, list[list[int]]],
+        completion_ids: list[list[int]],
+        share_prefixes: bool,
+        chunk: bool = False,
     ) -> list[ScoringBatch]:
         """Arranges sequences for scoring, in the same number of forwards on every process."""
 
