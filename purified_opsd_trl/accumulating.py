@@ -29,31 +29,34 @@ logger = logging.get_logger(__name__)
 class AccumulatingTrainer(DistillingTrainer):
     """Mixin of the trainer: a micro-batch in as many forwards of the student as its tokens need."""
 
-    model_wrapped: Any
     eos_token_ids: list[int]  # TRL's
     run_inside: Any  # `PurifiedOPSDTrainer`'s
 
     # Packing ---------------------------------------------------------------------------------------------------------
 
-    def packing(self) -> Packing | None:
-        """When student and frozen model pack; `None` where they pad. Every process calls it at the same point."""
-        if not hasattr(self, "_packing"):
-            self._packing = self._find_packing()
-        return self._packing
+    def set_up_loss(self) -> None:
+        super().set_up_loss()
+        self._packing: dict[tuple[str, str], Packing | None] = {}  # by kind of model and attention
 
-    def _find_packing(self) -> Packing | None:
+    def packing(self, wrapped: torch.nn.Module, model: Any) -> Packing | None:
+        """When a model packs; `None` where it pads. It may run the model, so every process calls it at one point."""
+        key = model.config.model_type, str(model.config._attn_implementation)
+        if key not in self._packing:
+            self._packing[key] = self._find_packing(wrapped, model)
+        return self._packing[key]
+
+    def _find_packing(self, wrapped: torch.nn.Module, model: Any) -> Packing | None:
         mode = self.args.padding_free
         if mode == "false":
             return None
-        model, device = self.accelerator.unwrap_model(self.model_wrapped), self.accelerator.device
         reason = why_not_packable(model)
         if reason is None:
             with without_dropout(model), torch.no_grad(), self.accelerator.autocast():
-                exact = self.run_inside(self.model_wrapped, model, packing_is_exact, model, device)
+                exact = self.run_inside(wrapped, model, packing_is_exact, model, self.accelerator.device)
             if not exact:
                 reason = f"{model.config.model_type} lets the tokens of one sequence see those of another"
         if reason is not None:
-            logger.warning_once(f"Sequences are padded, not packed: {reason}. `padding_free: false` says so.")
+            logger.warning_once(f"Sequences are padded, not packed: {reason}.")
             return None
         return Packing.of_model(model.config, by_cost=mode == "auto")
 
@@ -65,9 +68,9 @@ class AccumulatingTrainer(DistillingTrainer):
 
     # Parts -----------------------------------------------------------------------------------------------------------
 
-    def _parts(self, inputs: dict[str, Any]) -> list[Part]:
-        """Cuts a micro-batch into parts: those that count first the longest rows, as many on every process."""
-        packing, budget = self.packing(), self.args.train_token_budget
+    def _parts(self, model: torch.nn.Module, inputs: dict[str, Any]) -> list[Part]:
+        """Cuts a micro-batch into parts, the longest rows first, as many on every process."""
+        packing, budget = self.packing(model, self.accelerator.unwrap_model(model)), self.args.train_token_budget
         lengths = row_lengths(inputs)
         forwards = arrange(lengths, len(lengths), budget, packing)
         missing = 0
@@ -98,7 +101,7 @@ class AccumulatingTrainer(DistillingTrainer):
         mode = "train" if self.model.training else "eval"
         if mode == "eval":  # in training TRL divides by the tokens of the global batch
             num_items_in_batch = loss_mask(inputs).sum().clamp(min=1)
-        *first, last = self._parts(inputs)
+        *first, last = self._parts(model, inputs)
         self._costs: list[dict[str, float]] = []
         done: list[torch.Tensor] = []
         for part in first:

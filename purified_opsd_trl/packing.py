@@ -121,13 +121,13 @@ def arrange(
     if packing is None or not lengths:
         return padded
     longest = max(lengths)
-    capacity = max(max_sequences * longest if max_tokens is None else max_tokens, longest)
+    capacity = max_sequences * longest if max_tokens is None else max_tokens
     if not packing.by_cost:
         return _packed(lengths, capacity)
     plans = [padded]
     # The scores of all pairs of a packed row take no more room than those of the padded rows do
     limit = min(capacity, longest * math.isqrt(max_sequences))
-    room = longest
+    room = min(longest, capacity)
     while room <= limit:
         plans.append(_packed(lengths, room))
         room *= 2

@@ -175,7 +175,8 @@ class TeacherScoringCallback(TrainerCallback):
             head = LMHead.from_model(unwrapped)
             share_prefixes = self._shares_prefixes(unwrapped, prompt_ids)
             chunk = why_not_shareable(unwrapped) is None
-            batches = self.trainer.scoring_batches(prompt_ids, completion_ids, share_prefixes, chunk)
+            packing = self.trainer.packing(wrapped, unwrapped)
+            batches = self.trainer.scoring_batches(prompt_ids, completion_ids, share_prefixes, packing, chunk)
             for batch in batches:
                 states = self._forward(wrapped, unwrapped, batch)
                 finite.append(_scatter(states, batch, hidden, mask))

@@ -31,6 +31,7 @@ from .monitoring.decomposition import DecompositionMonitor
 from .monitoring.epistemic import EpistemicMonitor
 from .monitoring.metrics import generation_metrics, scoring_metrics, warn_of_unused_vocab
 from .monitoring.report import ReportCallback
+from .packing import Packing
 from .parts import loss_mask
 from .reading import ReadingTrainer, as_datasets, named_datasets
 from .rollout import merge_without_drift, reserve_vllm_length
@@ -260,12 +261,13 @@ class PurifiedOPSDTrainer(ReliableTrainer, ReadingTrainer, AccumulatingTrainer, 
         self,
         prompt_ids: dict[str, list[list[int]]],
         completion_ids: list[list[int]],
-        share_prefixes: bool,
+        share_prefixes: bool = False,
+        packing: Packing | None = None,
         chunk: bool = False,
     ) -> list[ScoringBatch]:
         """Arranges sequences for scoring, in the same number of forwards on every process."""
         return self.purification_collator.scoring_batches(
-            prompt_ids, completion_ids, share_prefixes, self.agree_on, packing=self.packing(), chunk=chunk
+            prompt_ids, completion_ids, share_prefixes, self.agree_on, packing=packing, chunk=chunk
         )
 
     def run_inside(self, wrapped: torch.nn.Module, unwrapped: Any, function: Callable[..., Any], *args: Any) -> Any:
