@@ -99,7 +99,8 @@ class PurifiedOPSDConfig(DistillationConfig):
             `per_device_train_batch_size`.
         scoring_token_budget (`int`, *optional*):
             Most tokens, padding included, a scoring forward may hold. `None` sets no limit. A single sequence longer
-            than the budget is scored alone.
+            than the budget is scored in chunks, whose keys and values are kept until its end; models whose layers
+            cannot continue a sequence exactly score it in one forward.
         share_reference_prefix (`bool`, *optional*, defaults to `True`):
             Whether tokens with which the teacher's and the reference-only prompt of a row both begin are run once.
             Worth it for long references that stand before the question (`REFERENCE_FIRST_TEACHER_PROMPT_TEMPLATE`);
@@ -108,6 +109,21 @@ class PurifiedOPSDConfig(DistillationConfig):
         offload_scores (`bool`, *optional*, defaults to `False`):
             Whether to keep the teacher's hidden states in host memory between scoring and loss. Worth it when
             `generation batch * completion length * hidden size * 2` values do not fit the device.
+
+        > Parameters that control long completions
+
+        padding_free (`str` or `bool`, *optional*, defaults to `"auto"`):
+            Whether sequences run in one row without padding, in scoring and in the student's passes. `"auto"` packs
+            where attention skips the tokens of other sequences (`flash_attention_2`, `flash_attention_3`,
+            `flex_attention`), and with `sdpa` and `eager`, which mask them, where the counted FLOPs of the batch say
+            that it pays. `True` always packs. Models whose layers mix neighbors across sequences pad, and a warning
+            names them. The results are the same, up to rounding.
+        train_token_budget (`int`, *optional*):
+            Most tokens, padding included, of a forward and backward pass of the student: a micro-batch of
+            `per_device_train_batch_size` rows is cut into parts, on every process into as many. `None` runs it at
+            once. A longer row has a part of its own. Loss and gradients are the same, up to rounding.
+        mask_truncated_completions (`bool`, *optional*, defaults to `False`):
+            Whether completions that were cut off at `max_completion_length` carry no loss. The paper trains on them.
 
         > Parameters that control the target
 
@@ -228,6 +244,15 @@ class PurifiedOPSDConfig(DistillationConfig):
     )
     offload_scores: bool = _option(False, "Keep the teacher's hidden states in host memory until the loss.")
 
+    # Parameters that control long completions
+    padding_free: Literal["auto", "true", "false"] = _option(
+        "auto", "Run sequences in one row without padding: where it pays, always, or never."
+    )
+    train_token_budget: PositiveInt | None = _option(
+        None, "Most tokens, padding included, in a pass of the student. None: a micro-batch at once."
+    )
+    mask_truncated_completions: bool = _option(False, "No loss on completions cut off at max_completion_length.")
+
     # Parameters that control the target
     target: Literal["purified", "teacher"] = _option(
         "purified", "Distill the purified target, or the privileged teacher (OPSD)."
@@ -274,6 +299,8 @@ class PurifiedOPSDConfig(DistillationConfig):
     epistemic_window: PositiveInt = _option(10, "Steps over which the present rate of a marker is taken.")
 
     def __post_init__(self) -> None:
+        if isinstance(self.padding_free, bool):  # as YAML reads it
+            self.padding_free = "true" if self.padding_free else "false"
         # Before the inherited checks, which convert some values and stumble over others. Skipped are two fields that
         # admit more than their annotation says: an object, and the None of argparse
         check_types(self, skip=("accelerator_config", "debug"), hints=_INHERITED)
