@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType
 from transformers import Trainer
 from transformers.utils import logging
 
-from .backbone import packing_is_exact, why_not_packable, without_dropout
+from .backbone import packing_is_exact, runs_rows_apart, why_not_packable, without_dropout
 from .distilling import DistillingTrainer
 from .monitoring.metrics import clock, training_metrics
 from .packing import Packing, arrange
@@ -70,11 +70,13 @@ class AccumulatingTrainer(DistillingTrainer):
 
     def _parts(self, model: torch.nn.Module, inputs: dict[str, Any]) -> list[Part]:
         """Cuts a micro-batch into parts, the longest rows first, as many on every process."""
-        packing, budget = self.packing(model, self.accelerator.unwrap_model(model)), self.args.train_token_budget
-        lengths = row_lengths(inputs)
-        forwards = arrange(lengths, len(lengths), budget, packing)
+        student, budget = self.accelerator.unwrap_model(model), self.args.train_token_budget
+        packing, alone_beyond = self.packing(model, student), self.purification_collator.alone_beyond
+        lengths, apart = row_lengths(inputs), runs_rows_apart(student)
+        forwards = arrange(lengths, 1 if apart else len(lengths), budget, packing, alone_beyond)
         missing = 0
-        if budget is not None or (packing is not None and packing.by_cost):  # elsewhere each process has one part
+        by_cost = packing is not None and packing.by_cost
+        if apart or by_cost or budget is not None or alone_beyond is not None:  # elsewhere each process has one part
             forwards, missing = with_more_forwards(forwards, self.agree_on(len(forwards)) - len(forwards))
         parts = [take_part(inputs, forward) for forward in forwards]
         return parts + [take_part(inputs, forwards[-1], counts=False)] * missing

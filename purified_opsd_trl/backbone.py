@@ -14,7 +14,9 @@ from accelerate.utils import is_peft_model
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 
-def last_hidden_states(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, count: int) -> torch.Tensor:
+def last_hidden_states(
+    model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, count: int, apart: bool = False
+) -> torch.Tensor:
     """
     Runs the backbone and returns the states from which the last tokens are predicted.
 
@@ -27,11 +29,16 @@ def last_hidden_states(model: Any, input_ids: torch.Tensor, attention_mask: torc
             1 for tokens, 0 for padding.
         count (`int`):
             Number of columns.
+        apart (`bool`, *optional*, defaults to `False`):
+            Run every row by itself, without padding, as [`run_rows_apart`] makes the model do from then on.
 
     Returns:
         `torch.Tensor` of shape `[b, count, H]`: position `i` holds the state that predicts column `L - count + i`.
     """
     body = backbone(model)
+    if apart or runs_rows_apart(model):
+        rows = [_row_alone(body, *row) for row in zip(input_ids, attention_mask.bool(), strict=True)]
+        return torch.stack(rows)[:, :-1][:, -count:]
     positions = position_ids(body, attention_mask, input_ids.shape[1])
     outputs = body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
     return outputs.last_hidden_state[:, :-1][:, -count:]
@@ -119,7 +126,63 @@ def position_ids(body: Any, attention_mask: torch.Tensor, count: int) -> dict[st
 
 def backbone(model: Any) -> Any:
     """The module that maps token ids to last hidden states, under PEFT as well."""
-    return (model.base_model.model if is_peft_model(model) else model).base_model
+    model = model.base_model.model if is_peft_model(model) else model
+    body = model.base_model
+    return model.model if body is model else body  # Llama 4 and Mllama name no base model
+
+
+def run_rows_apart(model: Any) -> None:
+    """Makes `last_hidden_states` run every row of this model by itself, without padding."""
+    backbone(model).rows_apart = True
+
+
+def runs_rows_apart(model: Any) -> bool:
+    """Whether `run_rows_apart` was called for this model."""
+    return getattr(backbone(model), "rows_apart", False)
+
+
+def _row_alone(body: Any, ids: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """States `[L, H]` of one row `[L]`, run without its padding, whose states are zero."""
+    for module in body.modules():  # dynamic scaling keeps the frequencies of the longest sequence so far
+        for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
+            prefix = name.removesuffix("max_seq_len_cached")
+            original = getattr(module, f"{prefix}original_inv_freq", None)
+            if original is not None:
+                module.register_buffer(f"{prefix}inv_freq", original.to(ids.device), persistent=False)
+                setattr(module, name, module.original_max_seq_len)
+    states = body(input_ids=ids[keep].unsqueeze(0), use_cache=False).last_hidden_state[0]
+    return states.new_zeros(len(ids), states.shape[-1]).index_put((keep.to(states.device),), states)
+
+
+def longest_alike(model: Any) -> int | None:
+    """
+    Longest sequence in tokens up to which rows of a batch do not change each other's rotary embedding.
+
+    Beyond it, longrope takes other frequencies for the complete batch, and dynamic scaling those of its longest row,
+    so a row must run by itself.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Unwrapped model.
+
+    Returns:
+        `int`, *optional*: tokens; `None` if the length of a batch changes nothing.
+    """
+    config = model.config.get_text_config()
+    limits = []
+    for part in _rope_parts(config):
+        if part.get("rope_type") == "longrope":
+            original = part.get("original_max_position_embeddings")
+            limits.append(int(original or config.max_position_embeddings))
+        elif part.get("rope_type") == "dynamic":
+            limits.append(int(config.max_position_embeddings) - 1)
+    return min(limits, default=None)
+
+
+def _rope_parts(config: Any) -> list[dict[str, Any]]:
+    """The rotary parameters of a configuration, and those of each kind of layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return [part for part in (rope, *rope.values()) if isinstance(part, dict)]
 
 
 def context_length(model: Any) -> int | None:
@@ -189,11 +252,11 @@ def why_not_shareable(model: Any) -> str | None:
         `str`, *optional*: the reason; `None` if it can.
     """
     config = model.config.get_text_config()
+    if runs_rows_apart(model):
+        return f"rows of {config.model_type} run one by one"
     if config is not model.config:
         return f"{model.config.model_type} is more than a language model"
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = {str(part.get("rope_type")) for part in (rope, *rope.values()) if isinstance(part, dict)}
-    if kinds & {"dynamic", "longrope"}:
+    if longest_alike(model) is not None:
         return f"the rotary embedding of {config.model_type} depends on the length of the complete sequence"
     others = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if others or getattr(model, "_is_stateful", False):

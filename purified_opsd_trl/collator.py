@@ -138,6 +138,8 @@ class PurificationCollator:
             prefix, are a batch of their own.
         pad_to_multiple_of (`int`, *optional*):
             Length multiple of the scoring batches.
+        alone_beyond (`int`, *optional*):
+            Tokens beyond which a sequence is a batch of its own, [`~backbone.longest_alike`].
     """
 
     def __init__(
@@ -146,11 +148,13 @@ class PurificationCollator:
         max_sequences: int,
         max_tokens: int | None = None,
         pad_to_multiple_of: int | None = None,
+        alone_beyond: int | None = None,
     ):
         self.pad_token_id = pad_token_id
         self.max_sequences = max_sequences
         self.max_tokens = max_tokens
         self.pad_to_multiple_of = pad_to_multiple_of
+        self.alone_beyond = alone_beyond
 
     def plan(self, lengths: Sequence[int], width: int = 1) -> list[list[int]]:
         """
@@ -165,7 +169,7 @@ class PurificationCollator:
         Returns:
             `list[list[int]]`: groups of indices, the longest sequences first (a lack of memory shows at once).
         """
-        return pad_groups(lengths, self.max_sequences, self.max_tokens, width)
+        return pad_groups(lengths, self.max_sequences, self.max_tokens, width, self.alone_beyond)
 
     def scoring_batches(
         self,
@@ -237,7 +241,9 @@ class PurificationCollator:
             overlong = sorted((key for key in rest if len(sequences[key]) > most), key=lambda k: -len(sequences[k]))
             groups[:0] = [_Group([key], chunks=-(-len(sequences[key]) // most)) for key in overlong]
             rest = [key for key in rest if len(sequences[key]) <= most]
-        alone = arrange([len(sequences[key]) for key in rest], self.max_sequences, self.max_tokens, packing)
+        alone = arrange(
+            [len(sequences[key]) for key in rest], self.max_sequences, self.max_tokens, packing, self.alone_beyond
+        )
         return [*groups, *(_Group([rest[i] for i in one.indices], packed=one.packed) for one in alone)]
 
     def _batch(

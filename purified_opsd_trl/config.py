@@ -109,6 +109,11 @@ class PurifiedOPSDConfig(DistillationConfig):
         offload_scores (`bool`, *optional*, defaults to `False`):
             Whether to keep the teacher's hidden states in host memory between scoring and loss. Worth it when
             `generation batch * completion length * hidden size * 2` values do not fit the device.
+        self_check (`bool`, *optional*, defaults to `True`):
+            Whether to check before the first step, with a few short forwards, that the output head gives the model's
+            logits, that padding and other rows change nothing, that the teacher is the initial policy, and that
+            gradients reach the first and last trained layer. A model that padding changes runs row by row from then
+            on, with a warning; other failures end the run.
 
         > Parameters that control long completions
 
@@ -243,6 +248,9 @@ class PurifiedOPSDConfig(DistillationConfig):
         True, "Run tokens that begin both the teacher's and the reference-only prompt of a row once."
     )
     offload_scores: bool = _option(False, "Keep the teacher's hidden states in host memory until the loss.")
+    self_check: bool = _option(
+        True, "Check before the first step that padding, head, teacher and gradients are exact for this model."
+    )
 
     # Parameters that control long completions
     padding_free: Literal["auto", "true", "false"] = _option(

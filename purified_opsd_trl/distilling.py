@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import Trainer
 
+from .collator import PurificationCollator
 from .config import PurifiedOPSDConfig
 from .head import LMHead
 from .loss import FrozenStates, required_states, token_loss
@@ -23,6 +24,7 @@ class DistillingTrainer(Trainer):
     args: PurifiedOPSDConfig
     model: Any
     scoring_callback: TeacherScoringCallback
+    purification_collator: PurificationCollator
     decomposition_monitor: DecompositionMonitor
     _tokenizer: Any  # TRL's
     _metrics: dict[str, Any]  # TRL's
@@ -120,7 +122,13 @@ class DistillingTrainer(Trainer):
         packed = isinstance(inputs, Part) and inputs.packed
         # TRL enters the backbone directly, past the autocast that accelerate puts around `forward`
         with self.accelerator.autocast():
-            student_hidden, padded = student_states(unwrapped_student, inputs, packed, self.pad_to_multiple_of)
+            student_hidden, padded = student_states(
+                unwrapped_student,
+                inputs,
+                packed,
+                self.pad_to_multiple_of,
+                self.purification_collator.alone_beyond,
+            )
             student_head = LMHead.from_model(unwrapped_student)
             device = student_head.weight.device
             valid = written.to(device).bool()

@@ -98,7 +98,11 @@ class Packing:
 
 
 def arrange(
-    lengths: Sequence[int], max_sequences: int, max_tokens: int | None = None, packing: Packing | None = None
+    lengths: Sequence[int],
+    max_sequences: int,
+    max_tokens: int | None = None,
+    packing: Packing | None = None,
+    alone_beyond: int | None = None,
 ) -> list[Forward]:
     """
     Groups sequences into forwards.
@@ -113,11 +117,13 @@ def arrange(
             Most tokens of a forward, padding included; a longer sequence has one of its own.
         packing ([`Packing`], *optional*):
             When to pack. `None` pads.
+        alone_beyond (`int`, *optional*):
+            Tokens beyond which a padded sequence has a forward of its own, [`~backbone.longest_alike`].
 
     Returns:
         `list[Forward]`: those with the longest sequences first (a lack of memory shows at once).
     """
-    padded = [Forward(tuple(group)) for group in pad_groups(lengths, max_sequences, max_tokens)]
+    padded = [Forward(tuple(group)) for group in pad_groups(lengths, max_sequences, max_tokens, 1, alone_beyond)]
     if packing is None or not lengths:
         return padded
     longest = max(lengths)
@@ -139,7 +145,11 @@ def arrange(
 
 
 def pad_groups(
-    lengths: Sequence[int], max_sequences: int, max_tokens: int | None = None, width: int = 1
+    lengths: Sequence[int],
+    max_sequences: int,
+    max_tokens: int | None = None,
+    width: int = 1,
+    alone_beyond: int | None = None,
 ) -> list[list[int]]:
     """
     Groups sequences of similar length, to be padded.
@@ -153,6 +163,8 @@ def pad_groups(
             Most tokens of a group, padding included.
         width (`int`, *optional*, defaults to `1`):
             Sequences that each index stands for.
+        alone_beyond (`int`, *optional*):
+            Tokens beyond which a sequence is a group of its own.
 
     Returns:
         `list[list[int]]`: groups of indices, the longest sequences first.
@@ -164,6 +176,8 @@ def pad_groups(
         fits = groups and count <= max_sequences
         if fits and max_tokens is not None:
             fits = count * lengths[groups[-1][0]] <= max_tokens
+        if fits and alone_beyond is not None:
+            fits = lengths[groups[-1][0]] <= alone_beyond
         if fits:
             groups[-1].append(index)
         else:

@@ -94,7 +94,11 @@ def with_more_forwards(forwards: list[Forward], missing: int) -> tuple[list[Forw
 
 
 def student_states(
-    model: Any, inputs: Mapping[str, torch.Tensor], packed: bool, pad_to_multiple_of: int | None = None
+    model: Any,
+    inputs: Mapping[str, torch.Tensor],
+    packed: bool,
+    pad_to_multiple_of: int | None = None,
+    alone_beyond: int | None = None,
 ) -> tuple[torch.Tensor, int]:
     """
     Hidden states of the student at the tokens that carry loss.
@@ -108,6 +112,8 @@ def student_states(
             Whether the rows run in one row without padding; otherwise they are joined and padded on the left.
         pad_to_multiple_of (`int`, *optional*):
             Length multiple of what runs.
+        alone_beyond (`int`, *optional*):
+            Tokens beyond which a row runs by itself, without padding.
 
     Returns:
         `torch.Tensor` of shape `[N, H]` and `int`: the states that predict the tokens, row by row, and the number of
@@ -129,5 +135,6 @@ def student_states(
         order = mask.int().argsort(dim=1, stable=True)[:, -longest:]  # the padding first
         left = (-longest % multiple, 0)
         ids, mask, wanted = (pad(tensor.gather(1, order), left) for tensor in (ids, mask, wanted))
-        hidden = last_hidden_states(model, ids, mask.to(inputs["prompt_mask"].dtype), ids.shape[1] - 1)
+        apart = alone_beyond is not None and longest > alone_beyond
+        hidden = last_hidden_states(model, ids, mask.to(inputs["prompt_mask"].dtype), ids.shape[1] - 1, apart)
     return hidden[wanted[:, 1:].to(hidden.device)], ids.numel()

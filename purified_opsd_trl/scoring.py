@@ -23,6 +23,7 @@ from .backbone import (
     backbone,
     keep_trainable_4bit,
     last_hidden_states,
+    longest_alike,
     packed_hidden_states,
     position_ids,
     why_not_shareable,
@@ -206,8 +207,9 @@ class TeacherScoringCallback(TrainerCallback):
             positions = batch.positions.to(device)
             return run_inside(wrapped, unwrapped, packed_hidden_states, unwrapped, input_ids, positions)[:, :-1]
         if batch.forwards == 1:
-            count = max(batch.completion_lengths)
-            return run_inside(wrapped, unwrapped, last_hidden_states, unwrapped, input_ids, mask, count)
+            count, limit = max(batch.completion_lengths), longest_alike(unwrapped)
+            apart = limit is not None and int(batch.attention_mask.sum(-1).max()) > limit  # then the batch is one row
+            return run_inside(wrapped, unwrapped, last_hidden_states, unwrapped, input_ids, mask, count, apart)
 
         cache = DynamicCache(config=unwrapped.config)  # of what came before
 

@@ -18,6 +18,7 @@ from trl import DistillationTrainer
 from trl.trainer.utils import get_config_model_id
 
 from .accumulating import AccumulatingTrainer
+from .backbone import longest_alike
 from .checkpoints import ReliableTrainer
 from .collator import PurificationCollator, ScoringBatch, unpad
 from .config import PurifiedOPSDConfig
@@ -38,6 +39,7 @@ from .rollout import merge_without_drift, reserve_vllm_length
 from .run_identity import check_output_dir
 from .scores import TeacherScores
 from .scoring import TeacherScoringCallback
+from .self_check import CheckedTrainer
 from .self_teacher import check_arguments
 
 
@@ -45,7 +47,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
 
-class PurifiedOPSDTrainer(ReliableTrainer, ReadingTrainer, AccumulatingTrainer, DistillationTrainer):
+class PurifiedOPSDTrainer(ReliableTrainer, ReadingTrainer, CheckedTrainer, AccumulatingTrainer, DistillationTrainer):
     """
     Trainer for purified on-policy self-distillation (arXiv 2607.02234).
 
@@ -177,6 +179,9 @@ class PurifiedOPSDTrainer(ReliableTrainer, ReadingTrainer, AccumulatingTrainer, 
         self._add_monitors()
         self.read_datasets()
         self.scoring_callback.attach(self, model if isinstance(model, str) else None)
+        models = [self.accelerator.unwrap_model(m) for m in (self.model, self.scoring_callback.teacher_model) if m]
+        limits = [limit for limit in map(longest_alike, models) if limit is not None]
+        self.purification_collator.alone_beyond = min(limits, default=None)
 
     def _default_collator(self) -> PurificationCollator:
         return PurificationCollator(
@@ -222,6 +227,7 @@ class PurifiedOPSDTrainer(ReliableTrainer, ReadingTrainer, AccumulatingTrainer, 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         mode = "train" if self.model.training else "eval"
         contexts = self.reader.contexts(inputs, f"step {self.state.global_step}, generation batch")
+        self.check_model()
         inputs = [{**row, "prompt": context.base} for row, context in zip(inputs, contexts, strict=True)]
         started = time.perf_counter()
         output = super()._generate_and_score_completions(inputs)
