@@ -7,6 +7,7 @@ What cannot be used is an [`InputError`] of one line that names the key.
 import dataclasses
 import difflib
 import functools
+import json
 import math
 import numbers
 import os
@@ -51,6 +52,7 @@ class Range:
 
 PositiveInt = Annotated[int, Range(1)]
 PositiveFloat = Annotated[float, Range(0, above=True)]
+Share = Annotated[float, Range(0, 1, above=True)]
 
 
 def option(help: str, **kwargs: Any) -> Any:
@@ -288,6 +290,45 @@ def check_type(name: str, value: Any, hint: Any) -> None:
         elif isinstance(value, str) and _is_number(value) and _fits(float(value), hint):
             advice = " Write it without quotes."
         raise InputError(f"`{name}` must be {_described(hint)}, got {got}.{advice}")
+
+
+def as_mapping(name: str, value: Any) -> Any:
+    """
+    A mapping that was given as JSON; anything else as it is, for `check_types` to judge.
+
+    Args:
+        name (`str`):
+            Name of the setting, for the message.
+        value (`Any`):
+            Its value.
+
+    Returns:
+        `Any`
+
+    Raises:
+        `InputError`: for text that is not JSON.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise InputError(f"`{name}` must be a mapping, or one as JSON: {value!r} is not: {error}.") from None
+
+
+def check_markers(markers: Collection[str]) -> None:
+    """
+    Checks the words to count.
+
+    Args:
+        markers (`Collection[str]`):
+            Value of `epistemic_markers`.
+
+    Raises:
+        `InputError`: for an empty list or an empty word.
+    """
+    if not markers or not all(marker.strip() for marker in markers):
+        raise InputError("`epistemic_markers` must list at least one word, and no empty ones.")
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -2,15 +2,17 @@
 Prompts and completion ids -> scoring batches; scores -> tensors for the loss.
 
 Shapes: `B` rows of the generation batch, `C` longest completion, `H` hidden size, `b` sequences of one scoring batch,
-`L` its padded length, `p` shared prefixes of the batch, `P` their padded length.
+`L` its padded length, `S` tokens of a packed row, `p` shared prefixes of the batch, `P` their padded length.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import takewhile
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, takewhile
 
 import torch
 from trl.trainer.utils import pad
+
+from .packing import Packing, arrange, pad_groups
 
 
 # Tokens that teacher and reference-only prompt must share at least for their prefix to be run once: it takes one
@@ -26,8 +28,9 @@ class ScoringBatch:
     """
     Sequences scored together by the frozen model, in one forward, or in two where they continue shared prefixes.
 
-    Prompt and completion are joined first and padded on the left, so that a completion ends at the last column. It is
-    appended as ids, never as text: the same ids stand in every context.
+    Prompt and completion are joined first. The completion is appended as ids, never as text: the same ids stand in
+    every context. Padded sequences are padded on the left, so that a completion ends at the last column. Packed ones
+    stand one after another in a single row. A sequence that is too long for one forward takes several (`chunks`).
 
     With prefixes, sequence `i` continues prefix `prefix_of[i]`: teacher and reference-only probe of a row the same,
     and so do rows with the same reference. The prefixes are padded on the left and the continuations on the right, so
@@ -38,10 +41,10 @@ class ScoringBatch:
             Context of each sequence: `"base"`, `"teacher"` or `"reference_only"`.
         rows (`tuple[int, ...]` of length `b`):
             Row of the generation batch of each sequence.
-        input_ids (`torch.Tensor` of shape `[b, L]`):
+        input_ids (`torch.Tensor` of shape `[b, L]`, packed `[1, S]`):
             Prompt and completion ids, without the prefix.
-        attention_mask (`torch.Tensor` of shape `[b, L]`):
-            1 for tokens, 0 for padding.
+        attention_mask (`torch.Tensor` of shape `[b, L]`, packed `[1, S]`):
+            1 for tokens, 0 for padding. The model does not see that of a packed row.
         completion_starts (`tuple[int, ...]` of length `b`):
             Column of each completion's first token, which is never the first column.
         completion_lengths (`tuple[int, ...]` of length `b`):
@@ -50,6 +53,10 @@ class ScoringBatch:
             Shared prefixes.
         prefix_of (`tuple[int, ...]` of length `b`):
             Prefix of each sequence; empty without prefixes.
+        positions (`torch.Tensor` of shape `[1, S]`, *optional*):
+            Of a packed row: position of each token in its sequence.
+        chunks (`int`):
+            Forwards that a single sequence is spread over, each with the keys and values of those before.
     """
 
     contexts: tuple[str, ...]
@@ -61,11 +68,13 @@ class ScoringBatch:
     prefix_ids: torch.Tensor | None = None
     prefix_mask: torch.Tensor | None = None
     prefix_of: tuple[int, ...] = ()
+    positions: torch.Tensor | None = None
+    chunks: int = 1
 
     @property
     def forwards(self) -> int:
         """Forwards of the model that the batch takes."""
-        return 1 if self.prefix_ids is None else 2
+        return self.chunks if self.prefix_ids is None else 2
 
     @property
     def masks(self) -> list[torch.Tensor]:
@@ -106,6 +115,12 @@ class _Group:
 
     keys: list[tuple[str, int]]
     prefixes: list[tuple[int, ...]] = field(default_factory=list)
+    packed: bool = False
+    chunks: int = 1
+
+    @property
+    def forwards(self) -> int:
+        return 2 if self.prefixes else self.chunks
 
 
 class PurificationCollator:
@@ -116,7 +131,8 @@ class PurificationCollator:
         pad_token_id (`int`):
             Padding id. Never attended to.
         max_sequences (`int`):
-            Most sequences in a scoring batch.
+            Most sequences in a padded scoring batch. A packed one holds as many tokens as a padded one of the
+            longest sequences would.
         max_tokens (`int`, *optional*):
             Most tokens, padding included, in a scoring batch; a longer sequence, or the two of a row that share a
             prefix, are a batch of their own.
@@ -153,20 +169,7 @@ class PurificationCollator:
         Returns:
             `list[list[int]]`: groups of indices, the longest sequences first (a lack of memory shows at once).
         """
-        groups: list[list[int]] = []
-        for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-            # The group's first sequence is its longest, so its length is the padded length
-            count = width * (len(groups[-1]) + 1) if groups else 0
-            fits = groups and count <= self.max_sequences
-            if fits and self.alone_beyond is not None:
-                fits = lengths[groups[-1][0]] <= self.alone_beyond
-            if fits and self.max_tokens is not None:
-                fits = count * lengths[groups[-1][0]] <= self.max_tokens
-            if fits:
-                groups[-1].append(index)
-            else:
-                groups.append([index])
-        return groups
+        return pad_groups(lengths, self.max_sequences, self.max_tokens, width, self.alone_beyond)
 
     def scoring_batches(
         self,
@@ -174,9 +177,11 @@ class PurificationCollator:
         completion_ids: list[list[int]],
         share_prefixes: bool = False,
         agree: Callable[[int], int] | None = None,
+        packing: Packing | None = None,
+        chunk: bool = False,
     ) -> list[ScoringBatch]:
         """
-        Joins prompts and completions, sorts the sequences of all contexts by length and pads them.
+        Joins prompts and completions, sorts the sequences of all contexts by length, and packs or pads them.
 
         Args:
             prompt_ids (`dict[str, list[list[int]]]`):
@@ -191,6 +196,10 @@ class PurificationCollator:
                 where parameters are sharded, one forward more on one process would hang. Batches are split, largest
                 first, and when nothing is left to split the last one is repeated; a repetition writes the same values
                 again.
+            packing ([`Packing`], *optional*):
+                When to pack. `None` pads.
+            chunk (`bool`, *optional*, defaults to `False`):
+                Whether a sequence of more than `max_tokens` tokens is spread over several forwards.
 
         Returns:
             `list[ScoringBatch]`.
@@ -200,15 +209,23 @@ class PurificationCollator:
             for context, prompts in prompt_ids.items()
             for row, prompt in enumerate(prompts)
         }
-        groups = self._groups(sequences, shared_prefixes(prompt_ids) if share_prefixes else {})
-        own = sum(2 if group.prefixes else 1 for group in groups)
+        prefixes = shared_prefixes(prompt_ids) if share_prefixes else {}
+        if chunk and self.max_tokens is not None:  # a pair that is too long for one forward is chunked, not shared
+            for row in [row for row in prefixes if 2 * len(sequences["teacher", row]) > self.max_tokens]:
+                del prefixes[row]
+        groups = self._groups(sequences, prefixes, packing, chunk)
+        own = sum(group.forwards for group in groups)
         missing = 0 if agree is None else agree(own) - own
         if missing > 0:
             groups = _with_more_forwards(groups, missing)
         return [self._batch(group, sequences, completion_ids) for group in groups]
 
     def _groups(
-        self, sequences: dict[tuple[str, int], list[int]], prefixes: dict[int, tuple[int, ...]]
+        self,
+        sequences: dict[tuple[str, int], list[int]],
+        prefixes: dict[int, tuple[int, ...]],
+        packing: Packing | None,
+        chunk: bool,
     ) -> list[_Group]:
         longest: dict[tuple[int, ...], int] = {}  # by prefix: planned by it, rows with the same prefix stay neighbours
         for row, prefix in prefixes.items():
@@ -220,8 +237,14 @@ class PurificationCollator:
             rows = [paired[i] for i in indices]
             groups.append(_Group([(c, row) for c in _BRANCHES for row in rows], [prefixes[row] for row in rows] * 2))
         rest = [key for key in sequences if key[0] not in _BRANCHES or key[1] not in prefixes]
-        alone = self.plan([len(sequences[key]) for key in rest])
-        return [*groups, *(_Group([rest[i] for i in indices]) for indices in alone)]
+        if chunk and (most := self.max_tokens) is not None:
+            overlong = sorted((key for key in rest if len(sequences[key]) > most), key=lambda k: -len(sequences[k]))
+            groups[:0] = [_Group([key], chunks=-(-len(sequences[key]) // most)) for key in overlong]
+            rest = [key for key in rest if len(sequences[key]) <= most]
+        alone = arrange(
+            [len(sequences[key]) for key in rest], self.max_sequences, self.max_tokens, packing, self.alone_beyond
+        )
+        return [*groups, *(_Group([rest[i] for i in one.indices], packed=one.packed) for one in alone)]
 
     def _batch(
         self, group: _Group, sequences: dict[tuple[str, int], list[int]], completion_ids: list[list[int]]
@@ -229,8 +252,15 @@ class PurificationCollator:
         prefixes = group.prefixes or [()] * len(group.keys)
         ids = [sequences[key][len(prefix) :] for key, prefix in zip(group.keys, prefixes, strict=True)]
         lengths = [len(completion_ids[row]) for _, row in group.keys]
-        input_ids, attention_mask = self._pad(ids, "right" if group.prefixes else "left")
-        ends = [len(i) if group.prefixes else input_ids.shape[1] for i in ids]
+        positions = None
+        if group.packed:
+            input_ids, attention_mask = self._pad([[token for one in ids for token in one]], "right")
+            rest = range(input_ids.shape[1] - sum(map(len, ids)))  # of `pad_to_multiple_of`: one more sequence
+            positions = torch.tensor([[i for one in (*ids, rest) for i in range(len(one))]])
+            ends = list(accumulate(map(len, ids)))
+        else:
+            input_ids, attention_mask = self._pad(ids, "right" if group.prefixes else "left")
+            ends = [len(i) if group.prefixes else input_ids.shape[1] for i in ids]
         distinct = list(dict.fromkeys(group.prefixes))
         prefix_ids, prefix_mask = self._pad(distinct, "left") if distinct else (None, None)
         return ScoringBatch(
@@ -243,6 +273,8 @@ class PurificationCollator:
             prefix_ids=prefix_ids,
             prefix_mask=prefix_mask,
             prefix_of=tuple(distinct.index(prefix) for prefix in group.prefixes),
+            positions=positions,
+            chunks=group.chunks,
         )
 
     def _pad(self, sequences: Sequence[Sequence[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -292,9 +324,12 @@ def _with_more_forwards(groups: list[_Group], missing: int) -> list[_Group]:
         half = len(keys) // 2
         groups = [*groups, _Group(keys[:half]), _Group(keys[half:])]
     for _ in range(missing):
-        largest = max(range(len(groups)), key=lambda i: 0 if groups[i].prefixes else len(groups[i].keys))
-        keys = groups[largest].keys
-        half = (len(keys) + 1) // 2
-        parts = [keys[:half], keys[half:]] if len(keys) > 1 else [keys, keys]
-        groups[largest : largest + 1] = [_Group(part) for part in parts]
+        largest = max(range(len(groups)), key=lambda i: 0 if groups[i].forwards > 1 else len(groups[i].keys))
+        group = groups[largest]
+        if group.chunks > 1:  # nothing but chunked sequences
+            groups[largest] = replace(group, chunks=group.chunks + 1)
+            continue
+        half = (len(group.keys) + 1) // 2
+        parts = [group.keys[:half], group.keys[half:]] if len(group.keys) > 1 else [group.keys, group.keys]
+        groups[largest : largest + 1] = [replace(group, keys=part) for part in parts]
     return groups

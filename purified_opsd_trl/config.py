@@ -1,6 +1,5 @@
 """Every knob of purified self-distillation, in one validated dataclass."""
 
-import json
 import os
 import re
 from dataclasses import dataclass, field, fields
@@ -10,7 +9,7 @@ import torch
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available, logging
 from trl import DistillationConfig
 
-from .arguments import PositiveFloat, PositiveInt, Range, check_type, check_types
+from .arguments import PositiveFloat, PositiveInt, Range, as_mapping, check_markers, check_type, check_types
 from .errors import InputError
 from .kernels.settings import LossSettings
 from .markers import DEFAULT_MARKERS
@@ -105,7 +104,8 @@ class PurifiedOPSDConfig(DistillationConfig):
             `per_device_train_batch_size`.
         scoring_token_budget (`int`, *optional*):
             Most tokens, padding included, a scoring forward may hold. `None` sets no limit. A single sequence longer
-            than the budget is scored alone.
+            than the budget is scored in chunks, whose keys and values are kept until its end; models whose layers
+            cannot continue a sequence exactly score it in one forward.
         share_reference_prefix (`bool`, *optional*, defaults to `True`):
             Whether tokens with which the teacher's and the reference-only prompt of a row both begin are run once.
             Worth it for long references that stand before the question (`REFERENCE_FIRST_TEACHER_PROMPT_TEMPLATE`);
@@ -115,10 +115,23 @@ class PurifiedOPSDConfig(DistillationConfig):
             Whether to keep the teacher's hidden states in host memory between scoring and loss. Worth it when
             `generation batch * completion length * hidden size * 2` values do not fit the device.
         self_check (`bool`, *optional*, defaults to `True`):
-            Whether to check before the first step, with a few short forwards, that the output head gives the model's
-            logits, that padding and other rows change nothing, that the teacher is the initial policy, and that
-            gradients reach the first and last trained layer. A model that padding changes runs row by row from then
-            on, with a warning; other failures end the run.
+            Whether to check before the first step that output head, padding, teacher and gradients are exact for this
+            model (docs/models.md).
+
+        > Parameters that control long completions
+
+        padding_free (`str` or `bool`, *optional*, defaults to `"auto"`):
+            Whether sequences run in one row without padding, in scoring and in the student's passes. `"auto"` packs
+            where attention skips the tokens of other sequences (`flash_attention_2`, `flash_attention_3`,
+            `flex_attention`), and with `sdpa` and `eager`, which mask them, where the counted FLOPs of the batch say
+            that it pays. `True` always packs. Models whose layers mix neighbors across sequences pad, and a warning
+            names them. The results are the same, up to rounding.
+        train_token_budget (`int`, *optional*):
+            Most tokens, padding included, of a forward and backward pass of the student: a micro-batch of
+            `per_device_train_batch_size` rows is cut into parts, on every process into as many. `None` runs it at
+            once. A longer row has a part of its own. Loss and gradients are the same, up to rounding.
+        mask_truncated_completions (`bool`, *optional*, defaults to `False`):
+            Whether completions that were cut off at `max_completion_length` carry no loss. The paper trains on them.
 
         > Parameters that control the target
 
@@ -138,12 +151,9 @@ class PurifiedOPSDConfig(DistillationConfig):
             more, since the log-normalizers no longer cancel.
         interpolation_weight (`float`, *optional*, defaults to `0.5`):
             `"interpolated"`: weight w of the teacher, from 0 (base) to 1 (plain OPSD).
-        contrastive_alpha (`float`, *optional*, defaults to `0.5`):
-            `"contrastive"`: strength a of the contrast.
-        contrastive_floor (`float`, *optional*, defaults to `-10.0`):
-            `"contrastive"`: lower bound, in nats, of the log-probabilities under the wrong reference.
-        contrastive_tau (`float`, *optional*, defaults to `1.0`):
-            `"contrastive"`: KL between correct and wrong reference, in nats, at which a token has half of its weight.
+        contrastive_alpha, contrastive_floor, contrastive_tau (`float`, *optional*, default to `0.5`, `-10.0`, `1.0`):
+            `"contrastive"`: strength of the contrast; lower bound of the log-probabilities under the wrong reference,
+            in nats; KL between the two references, in nats, at which a token has half of its weight.
 
         > Parameters that control the loss
 
@@ -258,6 +268,15 @@ class PurifiedOPSDConfig(DistillationConfig):
         True, "Check before the first step that padding, head, teacher and gradients are exact for this model."
     )
 
+    # Parameters that control long completions
+    padding_free: Literal["auto", "true", "false"] = _option(
+        "auto", "Run sequences in one row without padding: where it pays, always, or never."
+    )
+    train_token_budget: PositiveInt | None = _option(
+        None, "Most tokens, padding included, in a pass of the student. None: a micro-batch at once."
+    )
+    mask_truncated_completions: bool = _option(False, "No loss on completions cut off at max_completion_length.")
+
     # Parameters that control the target
     target: Literal["purified", "teacher", "interpolated", "contrastive"] = _option(
         "purified", "Distill the purified target, the privileged teacher (OPSD), or another one of docs/targets.md."
@@ -272,11 +291,9 @@ class PurifiedOPSDConfig(DistillationConfig):
         0.5, "interpolated: weight of the teacher's logits; the rest is the base's."
     )
     contrastive_alpha: Annotated[float, Range(0)] = _option(0.5, "contrastive: strength; 0 is the teacher.")
-    contrastive_floor: float = _option(
-        -10.0, "contrastive: lower bound of the log-probabilities under the wrong reference, in nats."
-    )
+    contrastive_floor: float = _option(-10.0, "contrastive: lower bound of log p under the wrong reference, in nats.")
     contrastive_tau: Annotated[float, Range(0)] = _option(
-        1.0, "contrastive: KL(correct || wrong), in nats, at which a token has half of its weight."
+        1.0, "contrastive: KL, in nats, that gives half of the weight."
     )
 
     # Parameters that control the loss
@@ -315,6 +332,8 @@ class PurifiedOPSDConfig(DistillationConfig):
     epistemic_window: PositiveInt = _option(10, "Steps over which the present rate of a marker is taken.")
 
     def __post_init__(self) -> None:
+        if isinstance(self.padding_free, bool):  # as YAML reads it
+            self.padding_free = "true" if self.padding_free else "false"
         # Before the inherited checks, which convert some values and stumble over others. Skipped are two fields that
         # admit more than their annotation says: an object, and the None of argparse
         check_types(self, skip=("accelerator_config", "debug"), hints=_INHERITED)
@@ -337,12 +356,7 @@ class PurifiedOPSDConfig(DistillationConfig):
         for name in self._VALID_DICT_FIELDS:
             value = getattr(self, name)
             if isinstance(value, str) and (value.startswith("{") or name == "teacher_chat_template_kwargs"):
-                try:
-                    check_type(name, json.loads(value), dict)
-                except json.JSONDecodeError as error:
-                    raise InputError(
-                        f"`{name}` must be a mapping, or one as JSON: {value!r} is not: {error}."
-                    ) from None
+                check_type(name, as_mapping(name, value), dict)
 
     def _check_templates(self) -> None:
         if self.reference_column == "prompt":
@@ -361,8 +375,7 @@ class PurifiedOPSDConfig(DistillationConfig):
     def _check_combinations(self) -> None:
         if not self.reference_column.strip():
             raise InputError("`reference_column` must be the name of a column, got an empty one.")
-        if not self.epistemic_markers or not all(marker.strip() for marker in self.epistemic_markers):
-            raise InputError("`epistemic_markers` must list at least one word, and no empty ones.")
+        check_markers(self.epistemic_markers)
         if self.target == "contrastive" and self.reference_source != "own":
             raise InputError(
                 f"`target: contrastive` needs the row's own reference beside the wrong one, not "

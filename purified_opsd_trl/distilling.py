@@ -2,26 +2,25 @@
 The part of the trainer that trains: the student's forward, the token loss, and the stop before a NaN is stepped.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from transformers import Trainer
 
-from .backbone import last_hidden_states
 from .collator import PurificationCollator
 from .config import PurifiedOPSDConfig
 from .head import LMHead
 from .loss import FrozenStates, required_states, token_loss
 from .monitoring.decomposition import DecompositionMonitor
 from .monitoring.metrics import TokenMeans, clock, loss_sums, reduce_loss_sums
+from .parts import Part, loss_mask, row_lengths, student_states
 from .purification import purified_target_logits
 from .scoring import TeacherScoringCallback
 from .targets import DENSE_TARGETS
 
 
 class DistillingTrainer(Trainer):
-    """Mixin of the trainer: from scored completions to the loss."""
+    """Mixin of the trainer: from scored completions to the loss of one part of a micro-batch."""
 
     args: PurifiedOPSDConfig
     model: Any
@@ -30,8 +29,8 @@ class DistillingTrainer(Trainer):
     decomposition_monitor: DecompositionMonitor
     _tokenizer: Any  # TRL's
     _metrics: dict[str, Any]  # TRL's
+    pad_to_multiple_of: Any  # TRL's
     stop_not_finite: Any  # `ReliableTrainer`'s
-    _apart = False  # whether rows of the micro-batch run by themselves
 
     def set_up_loss(self) -> None:
         """Fixes what the loss needs; called once, when the model is there."""
@@ -78,43 +77,43 @@ class DistillingTrainer(Trainer):
             pmi_center=self.args.pmi_center,
         )
 
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
-        self._apart = self._runs_apart(inputs)
-        outputs = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+    def part_loss(
+        self, model: torch.nn.Module, part: Part, num_items_in_batch: torch.Tensor | int | None
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """
+        Loss of one part of a micro-batch, in one forward of the student.
+
+        Args:
+            model (`torch.nn.Module`):
+                The student as it was wrapped.
+            part ([`Part`]):
+                Rows.
+            num_items_in_batch (`torch.Tensor` or `int`, *optional*):
+                Tokens to divide by, in evaluation. `None`: those of the part.
+
+        Returns:
+            `torch.Tensor` and `dict[str, float]`: the loss; tokens, padded tokens and tokens with loss of the part on
+            all processes, and their mean seconds in the loss ([`COSTS`]).
+        """
+        loss: Any = super().compute_loss(model, part, False, num_items_in_batch)
         # After the wrapped forward, where a collective cannot get between those of FSDP or DeepSpeed
         mode = "train" if self.model.training else "eval"
-        sums, seconds = reduce_loss_sums(self._loss_sums, self.accelerator)
+        sums, costs = reduce_loss_sums(self._loss_sums, self.accelerator)
         if sums.pop("not_finite")[0] and mode == "train":  # before the backward pass, in which DeepSpeed updates
-            self.stop_not_finite(f"the loss of {self._not_finite_rows(inputs)} is NaN or infinite")
+            self.stop_not_finite(f"the loss of {self._not_finite_rows(part)} is NaN or infinite")
         self._token_means[mode].add(sums)
         self._token_means[mode].add(self.decomposition_monitor.collect(self.accelerator))
-        self._metrics[mode]["timing/loss_seconds"].append(seconds)
-        return outputs
+        return loss, costs
 
-    def _runs_apart(self, inputs: dict[str, Any]) -> bool:
-        """Whether rows of the micro-batch, of any process, are too long to run together (`longest_alike`)."""
-        limit = self.purification_collator.alone_beyond
-        if limit is None:
-            return False
-        longest = (inputs["prompt_mask"].sum(-1) + inputs["completion_mask"].sum(-1)).max().view(1)
-        return bool(self.accelerator.gather(longest.to(self.accelerator.device)).max() > limit)
-
-    def _not_finite_rows(self, inputs: dict[str, Any]) -> str:
+    def _not_finite_rows(self, part: Part) -> str:
         """Names the first of `_bad_rows` by its prompt."""
         if not len(self._bad_rows):
             return "rows of other processes"
         row = int(self._bad_rows[0])
-        prompt = inputs["prompt_ids"][row][inputs["prompt_mask"][row].bool()]
+        prompt = part["prompt_ids"][row][part["prompt_mask"][row].bool()]
         text = " ".join(self._tokenizer.decode(prompt, skip_special_tokens=True).split())
-        return (
-            f"row {row} of the batch (one of {self._bad_rows.unique().numel()}; its prompt ends with {text[-80:]!r})"
-        )
+        count = self._bad_rows.unique().numel()
+        return f"row {part.rows[row]} of the batch (one of {count}; its prompt ends with {text[-80:]!r})"
 
     def _compute_loss(
         self,
@@ -122,26 +121,32 @@ class DistillingTrainer(Trainer):
         inputs: dict[str, Any],
         num_items_in_batch: torch.Tensor | int | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-        attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
         written = loss_mask(inputs)
+        packed = isinstance(inputs, Part) and inputs.packed
         # TRL enters the backbone directly, past the autocast that accelerate puts around `forward`
         with self.accelerator.autocast():
-            student_hidden = last_hidden_states(
-                unwrapped_student, input_ids, attention_mask, inputs["completion_ids"].size(1), self._apart
+            student_hidden, padded = student_states(
+                unwrapped_student,
+                inputs,
+                packed,
+                self.pad_to_multiple_of,
+                self.purification_collator.alone_beyond,
             )
             student_head = LMHead.from_model(unwrapped_student)
             device = student_head.weight.device
             valid = written.to(device).bool()
             num_tokens = valid.sum()
             frozen_head = self.scoring_callback.frozen_head(unwrapped_student)
-            self.decomposition_monitor.measure(student_hidden, student_head, frozen_head, inputs)
+            if "decomposition_positions" in inputs:
+                by_row = student_hidden.new_zeros(*written.shape, student_hidden.shape[-1])
+                by_row[written.bool().to(by_row.device)] = student_hidden.detach()
+                self.decomposition_monitor.measure(by_row, student_head, frozen_head, inputs)
             normalizer = num_tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
             weights = (1.0 / torch.as_tensor(normalizer, dtype=torch.float32, device=device)).expand(int(num_tokens))
-            student_states, frozen_states = student_hidden.to(device)[valid], FrozenStates.of_tokens(inputs, valid)
+            frozen_states = FrozenStates.of_tokens(inputs, valid)
             started = clock(device)
             result = token_loss(
-                student_states,
+                student_hidden.to(device),
                 student_head,
                 frozen_states,
                 frozen_head,
@@ -152,13 +157,9 @@ class DistillingTrainer(Trainer):
                 used_vocab=self._used_vocab,
             )
         self._loss_sums = loss_sums(result, num_tokens, clock(device) - started)
+        counts = {"student_tokens": sum(row_lengths(inputs)), "student_padded": padded}
+        self._loss_sums |= {name: torch.tensor(count, device=device) for name, count in counts.items()}
         bad = ~(result.per_token * result.loss.detach()).isfinite()  # [N]
         self._loss_sums["not_finite"] = bad.sum()
         self._bad_rows = valid.nonzero()[:, 0][bad]
         return result.loss, result.student_entropy.sum(), num_tokens
-
-
-def loss_mask(inputs: Mapping[str, Any]) -> torch.Tensor:
-    """`[B, C]`: 1 at the tokens that the student wrote, 0 at padding and tool results."""
-    mask = inputs["completion_mask"]
-    return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask

@@ -10,6 +10,7 @@ hidden states are kept; the loss projects them chunk by chunk.
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from .backbone import (
     keep_trainable_4bit,
     last_hidden_states,
     longest_alike,
+    packed_hidden_states,
     position_ids,
     why_not_shareable,
     without_dropout,
@@ -173,7 +175,9 @@ class TeacherScoringCallback(TrainerCallback):
         with self.frozen_model() as (wrapped, unwrapped), torch.no_grad(), accelerator.autocast():
             head = LMHead.from_model(unwrapped)
             share_prefixes = self._shares_prefixes(unwrapped, prompt_ids)
-            batches = self.trainer.scoring_batches(prompt_ids, completion_ids, share_prefixes)
+            chunk = why_not_shareable(unwrapped) is None
+            packing = self.trainer.packing(wrapped, unwrapped)
+            batches = self.trainer.scoring_batches(prompt_ids, completion_ids, share_prefixes, packing, chunk)
             for batch in batches:
                 states = self._forward(wrapped, unwrapped, batch)
                 finite.append(_scatter(states, batch, hidden, mask))
@@ -196,29 +200,41 @@ class TeacherScoringCallback(TrainerCallback):
         return reason is None
 
     def _forward(self, wrapped: torch.nn.Module, unwrapped: Any, batch: ScoringBatch) -> torch.Tensor:
-        """Hidden states `[b, n, H]` that predict the last n columns of the batch, all completions among them."""
+        """Hidden states `[b, n, H]` (packed `[1, n, H]`) that predict the last n columns, completions among them."""
         device, run_inside = self.trainer.accelerator.device, self.trainer.run_inside
         input_ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
-        if batch.prefix_ids is None or batch.prefix_mask is None:
+        if batch.positions is not None:
+            positions = batch.positions.to(device)
+            return run_inside(wrapped, unwrapped, packed_hidden_states, unwrapped, input_ids, positions)[:, :-1]
+        if batch.forwards == 1:
             count, limit = max(batch.completion_lengths), longest_alike(unwrapped)
             apart = limit is not None and int(batch.attention_mask.sum(-1).max()) > limit  # then the batch is one row
             return run_inside(wrapped, unwrapped, last_hidden_states, unwrapped, input_ids, mask, count, apart)
 
-        cache = DynamicCache(config=unwrapped.config)  # of the prefixes, then of sequences that continue them
+        cache = DynamicCache(config=unwrapped.config)  # of what came before
 
-        def continued(ids: torch.Tensor, mask: torch.Tensor, first: int) -> torch.Tensor:
+        def continued(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
             body = backbone(unwrapped)
             positions = position_ids(body, mask, ids.shape[1])
             outputs = body(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **positions)
-            return outputs.last_hidden_state[:, first - 1 : -1]
+            return outputs.last_hidden_state
 
         # Each forward enters the wrapper on its own, as those without a prefix do; the cache never passes through it
-        prefix_ids, prefix_mask = batch.prefix_ids.to(device), batch.prefix_mask.to(device)
-        run_inside(wrapped, unwrapped, continued, prefix_ids, prefix_mask, prefix_ids.shape[1])
-        prefix_of = torch.tensor(batch.prefix_of, device=device)
-        cache.reorder_cache(prefix_of)  # type: ignore[arg-type]  # integers are all it needs
-        mask = torch.cat([prefix_mask[prefix_of], mask], dim=1)
-        return run_inside(wrapped, unwrapped, continued, input_ids, mask, min(batch.completion_starts))
+        if batch.prefix_ids is not None and batch.prefix_mask is not None:
+            prefix_ids, prefix_mask = batch.prefix_ids.to(device), batch.prefix_mask.to(device)
+            run_inside(wrapped, unwrapped, continued, prefix_ids, prefix_mask)
+            prefix_of = torch.tensor(batch.prefix_of, device=device)
+            cache.reorder_cache(prefix_of)  # type: ignore[arg-type]  # integers are all it needs
+            mask = torch.cat([prefix_mask[prefix_of], mask], dim=1)
+            return run_inside(wrapped, unwrapped, continued, input_ids, mask)[:, min(batch.completion_starts) - 1 : -1]
+
+        ends = [i * input_ids.shape[1] // batch.chunks for i in range(batch.chunks + 1)]
+        first = batch.completion_starts[0] - 1
+        states = []
+        for start, end in pairwise(ends):
+            chunk = run_inside(wrapped, unwrapped, continued, input_ids[:, start:end], mask[:, :end])
+            states.append(chunk[:, max(first - start, 0) :].clone())  # not the states of the prompt
+        return torch.cat(states, dim=1)[:, :-1]
 
     def _check_finite(self, batches: Sequence[ScoringBatch], finite: list[torch.Tensor]) -> None:
         accelerator, step = self.trainer.accelerator, self.trainer.state.global_step
@@ -246,6 +262,7 @@ def _scatter(
     finite = []
     sequences = zip(batch.contexts, batch.rows, batch.completion_starts, batch.completion_lengths, strict=True)
     for i, (context, row, start, length) in enumerate(sequences):
+        i = i if batch.positions is None else 0
         if context not in hidden:
             hidden[context] = torch.zeros(*mask.shape, states.shape[-1], dtype=states.dtype, device=mask.device)
         first = states.shape[1] - batch.input_ids.shape[1] + start  # the last state predicts the last column

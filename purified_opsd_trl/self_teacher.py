@@ -27,6 +27,7 @@ from trl.trainer.utils import create_model_from_path
 from .collator import ScoringBatch
 from .config import PurifiedOPSDConfig
 from .errors import InputError
+from .packing import Packing
 
 
 logger = logging.getLogger(__name__)
@@ -50,9 +51,17 @@ class StudentTrainer(Protocol):
         """Adds a callback to the trainer's."""
 
     def scoring_batches(
-        self, prompt_ids: dict[str, list[list[int]]], completion_ids: list[list[int]], share_prefixes: bool
+        self,
+        prompt_ids: dict[str, list[list[int]]],
+        completion_ids: list[list[int]],
+        share_prefixes: bool = False,
+        packing: Packing | None = None,
+        chunk: bool = False,
     ) -> list[ScoringBatch]:
         """Arranges sequences for scoring, in the same number of forwards on every process."""
+
+    def packing(self, wrapped: torch.nn.Module, model: Any) -> Packing | None:
+        """When a model packs; `None` where it pads."""
 
     def run_inside(self, wrapped: torch.nn.Module, unwrapped: Any, function: Callable[..., Any], *args: Any) -> Any:
         """Calls a function inside the forward of a wrapped model, where sharded parameters are gathered."""

@@ -17,21 +17,23 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from trl import DistillationTrainer
 from trl.trainer.utils import get_config_model_id
 
+from .accumulating import AccumulatingTrainer
 from .backbone import longest_alike
 from .checkpoints import ReliableTrainer
 from .collator import PurificationCollator, ScoringBatch, unpad
 from .config import PurifiedOPSDConfig
 from .contexts import Contexts
 from .dataset import AnyDataset, check_columns
-from .distilling import DistillingTrainer, loss_mask
 from .errors import InputError
 from .extras import require_extra
 from .markers import MarkerCounter, TokenClassifier
 from .monitoring.console import console_callbacks
 from .monitoring.decomposition import DecompositionMonitor
 from .monitoring.epistemic import EpistemicMonitor
-from .monitoring.metrics import scoring_metrics, warn_of_unused_vocab
+from .monitoring.metrics import generation_metrics, scoring_metrics, warn_of_unused_vocab
 from .monitoring.report import ReportCallback
+from .packing import Packing
+from .parts import loss_mask
 from .reading import ReadingTrainer, as_datasets, named_datasets
 from .references import with_other_references
 from .rollout import merge_without_drift, reserve_vllm_length
@@ -46,7 +48,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
 
-class PurifiedOPSDTrainer(ReliableTrainer, ReadingTrainer, CheckedTrainer, DistillingTrainer, DistillationTrainer):
+class PurifiedOPSDTrainer(ReliableTrainer, ReadingTrainer, CheckedTrainer, AccumulatingTrainer, DistillationTrainer):
     """
     Trainer for purified on-policy self-distillation (arXiv 2607.02234).
 
@@ -189,7 +191,7 @@ class PurifiedOPSDTrainer(ReliableTrainer, ReadingTrainer, CheckedTrainer, Disti
             pad_token_id=self._tokenizer.pad_token_id,
             max_sequences=self.args.scoring_batch_size or self.args.per_device_train_batch_size,
             max_tokens=self.args.scoring_token_budget,
-            pad_to_multiple_of=self.pad_to_multiple_of,  # type: ignore[arg-type]  # "auto" is resolved by the config
+            pad_to_multiple_of=self.pad_to_multiple_of,  # "auto" is resolved by the config
         )
 
     # Monitors --------------------------------------------------------------------------------------------------------
@@ -232,8 +234,12 @@ class PurifiedOPSDTrainer(ReliableTrainer, ReadingTrainer, CheckedTrainer, Disti
         inputs = [{**row, "prompt": context.base} for row, context in zip(inputs, contexts, strict=True)]
         started = time.perf_counter()
         output = super()._generate_and_score_completions(inputs)
-        self._metrics[mode]["timing/generation_seconds"].append(time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        self._metrics[mode]["timing/generation_seconds"].append(seconds)
+        self._token_means[mode].add(generation_metrics(loss_mask(output), seconds, self.accelerator))
         self._observe(inputs, output, mode)
+        if self.args.mask_truncated_completions:
+            self.mask_truncated(output)
 
         scores = self._score(contexts, output)
         dtype = torch.get_autocast_dtype(self.accelerator.device.type) if self.accelerator.native_amp else None
@@ -263,15 +269,17 @@ class PurifiedOPSDTrainer(ReliableTrainer, ReadingTrainer, CheckedTrainer, Disti
         return self.scoring_callback.score(prompt_ids, unpad(output["completion_ids"], output["completion_mask"]))
 
     def scoring_batches(
-        self, prompt_ids: dict[str, list[list[int]]], completion_ids: list[list[int]], share_prefixes: bool
+        self,
+        prompt_ids: dict[str, list[list[int]]],
+        completion_ids: list[list[int]],
+        share_prefixes: bool = False,
+        packing: Packing | None = None,
+        chunk: bool = False,
     ) -> list[ScoringBatch]:
         """Arranges sequences for scoring, in the same number of forwards on every process."""
-
-        def largest(own: int) -> int:
-            return int(self.accelerator.gather(torch.tensor([own], device=self.accelerator.device)).max())
-
-        agree = largest if self.accelerator.num_processes > 1 else None
-        return self.purification_collator.scoring_batches(prompt_ids, completion_ids, share_prefixes, agree)
+        return self.purification_collator.scoring_batches(
+            prompt_ids, completion_ids, share_prefixes, self.agree_on, packing=packing, chunk=chunk
+        )
 
     def run_inside(self, wrapped: torch.nn.Module, unwrapped: Any, function: Callable[..., Any], *args: Any) -> Any:
         """Calls a function inside the forward of what DDP, FSDP or DeepSpeed made of a model."""

@@ -347,12 +347,12 @@ def test_the_page_works_by_keyboard_and_pointer(output: Path, tmp_path: Path, di
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ("--num_samples 0", "`num_samples` must be at least 1"),
+        ("--num_samples 0", "`num_samples` must be an integer at least 1, got 0"),
         ("--dataset_reference_column solution", "no column `solution`"),
         ("--dataset_prompt_column problem", "no column `problem`"),
-        ("--temperature 0", "`temperature` must be positive"),
-        ("--temperature nan", "`temperature` must be a number"),
-        ("--chat_template_kwargs {", "`chat_template_kwargs` is not JSON"),
+        ("--temperature 0", "`temperature` must be a number above 0, got 0"),
+        ("--temperature nan", "`temperature` must be a number above 0, got nan"),
+        ("--chat_template_kwargs {", "`chat_template_kwargs` must be a mapping, or one as JSON"),
         *((f"--{old} x", f"`{old}` is now called `{new}`.") for old, new in RENAMED.items()),
     ],
 )

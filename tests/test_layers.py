@@ -9,16 +9,17 @@ import purified_opsd_trl
 
 ROOT = Path(purified_opsd_trl.__file__).parent
 LAYERS = (
-    {"errors", "extras", "env", "arguments", "markers", "backbone"},
+    {"errors", "extras", "env", "arguments", "markers", "backbone", "packing"},
     {"head", "purification", "targets"},
     {"kernels"},
     {"config", "contexts", "scores", "rows", "dataset", "loading", "references"},
-    {"collator", "loss", "deviations"},
+    {"collator", "loss", "parts", "deviations"},
     {"self_teacher", "rollout"},
     {"scoring"},
     {"monitoring"},
     {"run_identity", "shutdown"},
     {"reading", "checkpoints", "distilling", "self_check"},
+    {"accumulating"},
     {"trainer"},
     {"train", "evaluate", "bench"},
     {"diagnose"},

@@ -1,6 +1,7 @@
 """Scores of the self-teacher against separate dense forwards."""
 
 import copy
+import itertools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -42,7 +43,10 @@ def build_trainer(
     )
 
 
-@pytest.fixture(params=["lora", "full", "live", "softcap"])
+PADDING = ("false", "true")  # `padding_free`
+
+
+@pytest.fixture(params=itertools.product(("lora", "full", "live", "softcap"), PADDING), ids="-".join)
 def trainer(
     request: pytest.FixtureRequest,
     make_model: Callable[..., PreTrainedModel],
@@ -50,18 +54,20 @@ def trainer(
     conversational_dataset: Dataset,
     arguments: dict[str, Any],
 ) -> PurifiedOPSDTrainer:
-    model = make_model("gemma2" if request.param == "softcap" else "qwen3")
+    kind, padding_free = request.param
+    model = make_model("gemma2" if kind == "softcap" else "qwen3")
     trainer = build_trainer(
         model,
         tokenizer,
         conversational_dataset,
         arguments,
-        lora=request.param == "lora",
+        lora=kind == "lora",
         temperature=0.8,
-        teacher_model_kind="live" if request.param == "live" else "base",
+        teacher_model_kind="live" if kind == "live" else "base",
+        padding_free=padding_free,
     )
-    trainer.initial = copy.deepcopy(make_model("gemma2" if request.param == "softcap" else "qwen3"))
-    if request.param != "live":  # move the student: the scores must not follow
+    trainer.initial = copy.deepcopy(make_model("gemma2" if kind == "softcap" else "qwen3"))
+    if kind != "live":  # move the student: the scores must not follow
         with torch.no_grad():
             for parameter in trainer.model.parameters():
                 if parameter.requires_grad:
@@ -107,7 +113,9 @@ def test_scores_do_not_depend_on_batching(trainer: PurifiedOPSDTrainer) -> None:
     alone = trainer.scoring_callback.score(PROMPTS, COMPLETIONS)
     for context in PROMPTS:
         torch.testing.assert_close(together.hidden[context], alone.hidden[context], rtol=1e-4, atol=1e-5)
-    assert alone.stats.forwards == 6 and alone.stats.padded_tokens == alone.stats.tokens
+    packed = trainer.args.padding_free == "true"
+    assert alone.stats.forwards == (5 if packed else 6) and alone.stats.padded_tokens == alone.stats.tokens
+    assert (together.stats.padded_tokens == together.stats.tokens) == packed
     assert (
         together.stats.tokens
         == alone.stats.tokens
@@ -192,13 +200,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("most", [1, 4, 10])
+@pytest.mark.parametrize(("most", "padding_free"), [(1, "false"), (4, "false"), (4, "true"), (10, "true")])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", MODELS)
 def test_continued_prefixes_score_what_separate_forwards_do(
     name: str,
     attention: str,
     most: int,
+    padding_free: str,
     make_model: Callable[..., PreTrainedModel],
     tokenizer: Any,
     conversational_dataset: Dataset,
@@ -210,7 +219,13 @@ def test_continued_prefixes_score_what_separate_forwards_do(
     model.set_attn_implementation(attention)
     oracle = copy.deepcopy(model).double()
     trainer = build_trainer(
-        model, tokenizer, conversational_dataset, arguments, lora=most == 4, scoring_batch_size=most
+        model,
+        tokenizer,
+        conversational_dataset,
+        arguments,
+        lora=most == 4,
+        scoring_batch_size=most,
+        padding_free=padding_free,
     )
     shared = trainer.scoring_callback.score(SHARING, WRITTEN)
     trainer.args.share_reference_prefix = False
@@ -237,7 +252,9 @@ def test_a_shared_prefix_takes_one_forward_more(
     conversational_dataset: Dataset,
     arguments: dict[str, Any],
 ) -> None:
-    trainer = build_trainer(make_model(), tokenizer, conversational_dataset, arguments, scoring_batch_size=100)
+    trainer = build_trainer(
+        make_model(), tokenizer, conversational_dataset, arguments, scoring_batch_size=100, padding_free="false"
+    )
     calls = []
     trainer.model.base_model.model.base_model.register_forward_hook(
         lambda module, args, kwargs, output: calls.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
@@ -334,7 +351,7 @@ def test_a_model_that_cannot_continue_a_prefix_is_scored_apart_and_says_so_once(
 ) -> None:
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     model = make_model(rope_parameters=rope)
-    trainer = build_trainer(model, tokenizer, conversational_dataset, arguments)
+    trainer = build_trainer(model, tokenizer, conversational_dataset, arguments, padding_free=False)
     with caplog.at_level(logging.WARNING, logger="purified_opsd_trl.scoring"):
         trainer.scoring_callback.score(PROMPTS, COMPLETIONS)
         assert not caplog.messages  # nothing to share, nothing to say

@@ -186,13 +186,23 @@ CASES = {
 }
 
 
+# Rows have 40 to 120 tokens: the budget makes parts of one row and of several
+PADDED = {"padding_free": "false"}
+PACKED = {"padding_free": "true"}
+PARTS = {"train_token_budget": 150}
+WAYS = {"padded": PADDED, "packed": PACKED, "padded parts": PADDED | PARTS, "packed parts": PACKED | PARTS}
+every_way = pytest.mark.parametrize("way", WAYS)
+
+
+@pytest.mark.parametrize("way", ["padded", "packed parts"])
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 @pytest.mark.parametrize("case", CASES)
-def test_training_step_equals_the_computation_by_hand(build: Build, case: str, lora: bool) -> None:
-    trainer = build(lora, per_device_train_batch_size=4, **CASES[case])
+def test_training_step_equals_the_computation_by_hand(build: Build, case: str, lora: bool, way: str) -> None:
+    fields = {"per_device_train_batch_size": 4, **CASES[case], **WAYS[way]}
+    trainer = build(lora, **fields)
     initial = copy.deepcopy(trainer.model.unload() if lora else trainer.model)
     if lora:
-        trainer = build(lora, per_device_train_batch_size=4, **CASES[case])
+        trainer = build(lora, **fields)
     move_student(trainer)
     fixed_rollout(trainer)
     rows = first_rows(trainer, 4)

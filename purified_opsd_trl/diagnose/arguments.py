@@ -1,14 +1,20 @@
 """Arguments of `purified-opsd diagnose`."""
 
-import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from ..arguments import CommandParser, check_types, option
+from ..arguments import (
+    CommandParser,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    as_mapping,
+    check_markers,
+    check_types,
+    option,
+)
 from ..config import DEFAULT_REFERENCE_PROMPT_TEMPLATE, DEFAULT_TEACHER_PROMPT_TEMPLATE
-from ..errors import InputError
 from ..markers import DEFAULT_MARKERS
 
 
@@ -39,33 +45,23 @@ class DiagnoseArguments:
     teacher_prompt_template: str = option("As in training.", default=DEFAULT_TEACHER_PROMPT_TEMPLATE)
     reference_prompt_template: str = option("As in training.", default=DEFAULT_REFERENCE_PROMPT_TEMPLATE)
     chat_template_kwargs: dict[str, Any] | str | None = option("Chat template arguments, as JSON.", default=None)
-    num_samples: int = option("Problems, drawn at random. The paper uses 100.", default=100)
-    num_pages: int = option("Samples on the per-token page.", default=8)
-    alternatives: int = option("Likely tokens shown of each distribution.", default=5)
-    max_completion_length: int = option("Longest completion, in tokens.", default=1024)
-    temperature: float = option("Sampling temperature; it also divides all logits, as in training.", default=1.0)
-    batch_size: int = option("Completions drawn at once.", default=8)
+    num_samples: PositiveInt = option("Problems, drawn at random. The paper uses 100.", default=100)
+    num_pages: Annotated[int, Range(0)] = option("Samples on the per-token page.", default=8)
+    alternatives: PositiveInt = option("Likely tokens shown of each distribution.", default=5)
+    max_completion_length: PositiveInt = option("Longest completion, in tokens.", default=1024)
+    temperature: PositiveFloat = option(
+        "Sampling temperature; it also divides all logits, as in training.", default=1.0
+    )
+    batch_size: PositiveInt = option("Completions drawn at once.", default=8)
     dtype: str = option("Dtype of the weights.", default="auto")
     seed: int = option("Seed of the choice of problems and of the completions.", default=0)
     epistemic_markers: list[str] = option("Words to count.", default_factory=lambda: list(DEFAULT_MARKERS))
     output_dir: str = option("Folder to write to.", default="diagnosis")
 
     def __post_init__(self) -> None:
-        if isinstance(self.chat_template_kwargs, str):
-            try:
-                self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
-            except json.JSONDecodeError as error:
-                raise InputError(f"`chat_template_kwargs` is not JSON: {error}.") from None
+        self.chat_template_kwargs = as_mapping("chat_template_kwargs", self.chat_template_kwargs)
         check_types(self)
-        for name in ("num_samples", "max_completion_length", "alternatives", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        if self.num_pages < 0:
-            raise InputError(f"`num_pages` must be 0 or more, got {self.num_pages}.")
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise InputError(f"`temperature` must be positive, got {self.temperature}.")
-        if not all(marker.strip() for marker in self.epistemic_markers):
-            raise InputError("`epistemic_markers` must not list empty words.")
+        check_markers(self.epistemic_markers)
 
     @property
     def template_kwargs(self) -> dict[str, Any]:

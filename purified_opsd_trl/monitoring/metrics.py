@@ -7,10 +7,11 @@ Here every token of a logging window counts the same.
 
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.utils import logging
+from trl.trainer.utils import compute_flops_per_token, compute_mfu, get_peak_flops_per_device
 
 from ..loss import TokenLoss
 from ..scores import ScoringStats
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
+# What a part of a micro-batch takes: its tokens with loss, its tokens, its tokens with padding, seconds of the loss
+COSTS = ("tokens", "student_tokens", "student_padded", "seconds")
 UNUSED_VOCAB_MASS = 1e-3  # share of the target's mass from which a run is warned
 
 
@@ -83,14 +86,65 @@ def clock(device: torch.device) -> float:
 
 def reduce_loss_sums(
     sums: Mapping[str, torch.Tensor], accelerator: "Accelerator"
-) -> tuple[dict[str, tuple[float, float]], float]:
-    """Adds `loss_sums` up over all processes: sum and number of tokens by name, and their mean time in seconds."""
+) -> tuple[dict[str, tuple[float, float]], dict[str, float]]:
+    """Adds `loss_sums` up over all processes: sum and tokens by name; `COSTS`, the seconds as a mean."""
     names = list(sums)
     # fp32: some accelerators have no fp64
     totals = accelerator.reduce(torch.stack([sums[name].float() for name in names]), "sum").tolist()
     by_name = dict(zip(names, totals, strict=True))
-    tokens, seconds = by_name.pop("tokens"), by_name.pop("seconds")
-    return {name: (total, tokens) for name, total in by_name.items()}, seconds / accelerator.num_processes
+    costs = {name: by_name.pop(name) for name in COSTS}
+    costs["seconds"] /= accelerator.num_processes
+    return {name: (total, costs["tokens"]) for name, total in by_name.items()}, costs
+
+
+def generation_metrics(
+    mask: torch.Tensor, seconds: float, accelerator: "Accelerator"
+) -> dict[str, tuple[float, float]]:
+    """Tokens that all processes wrote (1 in `[B, C]`) and the mean of their seconds."""
+    sums = torch.tensor([float(mask.sum()), seconds], device=accelerator.device)
+    tokens, total = accelerator.reduce(sums, "sum").tolist()
+    return {"generation/tokens_per_second": (tokens, total / accelerator.num_processes)}
+
+
+def training_metrics(
+    tokens: float, rows: int, seconds: float, config: Any, accelerator: "Accelerator"
+) -> dict[str, tuple[float, float]]:
+    """
+    Speed of the student's passes over one micro-batch, generation and scoring apart.
+
+    Args:
+        tokens (`float`):
+            Tokens of prompts and completions of all processes, without padding.
+        rows (`int`):
+            Rows of all processes.
+        seconds (`float`):
+            Time of forward, loss, backward, and update where there is one in it.
+        config ([`~transformers.PretrainedConfig`]):
+            Configuration of the language model.
+        accelerator ([`~accelerate.Accelerator`]):
+            Processes and device.
+
+    Returns:
+        `dict[str, tuple[float, float]]`: numerators and seconds. Model FLOPs utilization (%, TRL's convention: three
+        forwards per token, attention to the complete row) only where the device's peak is known.
+    """
+    metrics = {"training/tokens_per_second": (tokens, seconds)}
+    peak = _peak_flops(accelerator, str(config.dtype).removeprefix("torch."))
+    if peak is not None:
+        try:
+            flops = compute_flops_per_token(config, round(tokens / rows))
+        except AttributeError:  # a kind of model whose FLOPs TRL does not count
+            return metrics
+        metrics["training/mfu"] = (compute_mfu(flops, tokens, accelerator.num_processes, peak), seconds)
+    return metrics
+
+
+def _peak_flops(accelerator: "Accelerator", dtype: str) -> float | None:
+    """Peak FLOPs per second of a known device."""
+    if accelerator.device.type != "cuda":
+        return None
+    dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(accelerator.mixed_precision, dtype)
+    return get_peak_flops_per_device(accelerator, dtype)
 
 
 def scoring_metrics(stats: ScoringStats, accelerator: "Accelerator") -> dict[str, float]:
