@@ -32,7 +32,8 @@ from .monitoring.epistemic import EpistemicMonitor
 from .monitoring.metrics import scoring_metrics, warn_of_unused_vocab
 from .monitoring.report import ReportCallback
 from .reading import ReadingTrainer, as_datasets, named_datasets
-from .rollout import merge_without_drift, reserve_vllm_length
+from .rollout.colocated import merge_without_drift, reserve_vllm_length
+from .rollout.served import ServedTrainer, without_trls_client
 from .run_identity import check_output_dir
 from .scores import TeacherScores
 from .scoring import TeacherScoringCallback
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
 
-class PurifiedOPSDTrainer(ReliableTrainer, ReadingTrainer, DistillingTrainer, DistillationTrainer):
+class PurifiedOPSDTrainer(ReliableTrainer, ServedTrainer, ReadingTrainer, DistillingTrainer, DistillationTrainer):
     """
     Trainer for purified on-policy self-distillation (arXiv 2607.02234).
 
@@ -148,33 +149,35 @@ class PurifiedOPSDTrainer(ReliableTrainer, ReadingTrainer, DistillingTrainer, Di
         for name, dataset in named_datasets(train_dataset, eval_dataset):
             check_columns(dataset, name, args.reference_column)  # before the model is loaded
         check_output_dir(str(args.output_dir))
-        if args.use_vllm:
+        if args.use_vllm and not args.vllm_adapter_sync:
             require_extra("vllm", "`use_vllm`")
 
         self.args = args  # `build_contexts` reads it
         named = named_datasets(train_dataset, eval_dataset)
         reserve_vllm_length(args, model, processing_class, named, self.build_contexts, tools)
         self.scoring_callback = scoring_callback or TeacherScoringCallback()
-        super().__init__(
-            model=model,
-            teacher_model=None,  # the model is its own teacher; see `TeacherScoringCallback`
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            callbacks=[*(callbacks or []), self.scoring_callback],
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-            tools=tools,
-        )
-        if args.use_vllm and is_peft_model(self.model):
+        with without_trls_client(args):
+            super().__init__(
+                model=model,
+                teacher_model=None,  # the model is its own teacher; see `TeacherScoringCallback`
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                callbacks=[*(callbacks or []), self.scoring_callback],
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+                tools=tools,
+            )
+        if args.use_vllm and not args.vllm_adapter_sync and is_peft_model(self.model):
             merge_without_drift(self.vllm_generation)
         self.purification_collator = purification_collator or self._default_collator()
         self.set_up_loss()
         self._add_monitors()
         self.read_datasets()
         self.scoring_callback.attach(self, model if isinstance(model, str) else None)
+        self.connect_servers()
 
     def _default_collator(self) -> PurificationCollator:
         return PurificationCollator(
