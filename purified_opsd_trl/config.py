@@ -206,9 +206,7 @@ class PurifiedOPSDConfig(DistillationConfig):
     vllm_server_host: str = _option("127.0.0.1", "Host of the student vLLM server.")
 
     # Parameters that control rollouts from `vllm serve`
-    vllm_adapter_sync: bool = _option(
-        False, "Send LoRA adapters to the vLLM server, by name and over HTTP, instead of merged weights."
-    )
+    vllm_adapter_sync: bool = _option(False, "Send LoRA adapters to the vLLM server over HTTP, not merged weights.")
     rollouts_ahead: Annotated[int, Range(0)] = _option(
         0, "Batches that the vLLM server writes ahead of their step; the staleness of rollouts in optimizer steps."
     )
@@ -375,6 +373,8 @@ class PurifiedOPSDConfig(DistillationConfig):
                 "ahead are not. Set `loss_type: divergence` or `rollouts_ahead: 0`."
             )
         urls = self.vllm_server_base_url
+        if urls is not None and not (urls and all(re.match("https?://.", url) for url in urls)):
+            raise InputError(f"`vllm_server_base_url` must be of the form http://host:port, got {urls}.")
         if urls is not None and not self.vllm_adapter_sync:
             if len(urls) != 1:
                 raise InputError(
