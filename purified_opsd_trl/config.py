@@ -57,6 +57,21 @@ class PurifiedOPSDConfig(DistillationConfig):
     2607.02234).
 
     Parameters:
+        > Parameters that control rollouts from `vllm serve`
+
+        vllm_adapter_sync (`bool`, *optional*, defaults to `False`):
+            Whether a server (`vllm_mode: server`) is sent the LoRA adapter over HTTP, in place of merged weights over
+            NCCL. The server must be started for it; the error at start says how.
+        rollouts_ahead (`int`, *optional*, defaults to `0`):
+            Batches that the server writes while the trainer trains on earlier ones: the rollouts of a step are of the
+            adapter so many optimizer steps before. `0` generates as a step begins. Needs `vllm_adapter_sync`.
+        vllm_server_base_url (`list[str]` or `str`, *optional*):
+            Address of the server, `http://host:port`. With `vllm_adapter_sync` several addresses divide the rows.
+        vllm_adapter_dir (`str`, *optional*):
+            Folder of the adapters, at the same path for the servers. `None` takes `_adapters` in `output_dir`.
+        vllm_request_timeout (`float`, *optional*, defaults to `1800.0`):
+            Seconds that a server may take for a batch before it counts as lost. With `vllm_adapter_sync`.
+
         > Parameters that control the contexts
 
         reference_column (`str`, *optional*, defaults to `"reference"`):
@@ -220,6 +235,21 @@ class PurifiedOPSDConfig(DistillationConfig):
     )
     vllm_server_host: str = _option("127.0.0.1", "Host of the student vLLM server.")
 
+    # Parameters that control rollouts from `vllm serve`
+    vllm_adapter_sync: bool = _option(False, "Send LoRA adapters to the vLLM server over HTTP, not merged weights.")
+    rollouts_ahead: Annotated[int, Range(0)] = _option(
+        0, "Batches that the vLLM server writes ahead of their step; the staleness of rollouts in optimizer steps."
+    )
+    vllm_server_base_url: list[str] | None = _option(  # type: ignore[assignment]  # TRL takes one
+        None, "Address of the student vLLM server, or several with vllm_adapter_sync: http://host:port."
+    )
+    vllm_adapter_dir: str | None = _option(
+        None, "Folder of adapters, at the same path for servers. None: _adapters in output_dir."
+    )
+    vllm_request_timeout: PositiveFloat = _option(
+        1800.0, "Seconds that a server may take for a batch, with vllm_adapter_sync."
+    )
+
     # Parameters that control the contexts
     reference_column: str = _option("reference", "Dataset column that holds the worked solution (string or messages).")
     reference_source: Literal["own", "other", "none"] = _option(
@@ -334,12 +364,15 @@ class PurifiedOPSDConfig(DistillationConfig):
     def __post_init__(self) -> None:
         if isinstance(self.padding_free, bool):  # as YAML reads it
             self.padding_free = "true" if self.padding_free else "false"
+        if isinstance(self.vllm_server_base_url, str):
+            self.vllm_server_base_url = [self.vllm_server_base_url]
         # Before the inherited checks, which convert some values and stumble over others. Skipped are two fields that
         # admit more than their annotation says: an object, and the None of argparse
         check_types(self, skip=("accelerator_config", "debug"), hints=_INHERITED)
         self._check_json()
         self._check_templates()
         self._check_combinations()
+        self._check_servers()
         self._infer_device()
         super().__post_init__()
         if self.pmi_clip == 0:
@@ -386,6 +419,26 @@ class PurifiedOPSDConfig(DistillationConfig):
                 f"`teacher_model_kind: {self.teacher_model_kind}` makes the student its own teacher and cannot be "
                 "combined with `teacher_model_name_or_path`. Remove one of the two keys."
             )
+
+    def _check_servers(self) -> None:
+        if self.vllm_adapter_sync and not (self.use_vllm and self.vllm_mode == "server"):
+            raise InputError("`vllm_adapter_sync` needs `use_vllm: true` and `vllm_mode: server`.")
+        if self.rollouts_ahead and not self.vllm_adapter_sync:
+            raise InputError("`rollouts_ahead` needs a server that holds versions: set `vllm_adapter_sync: true`.")
+        if self.rollouts_ahead and self.loss_type == "sampled_token":
+            raise InputError(
+                "`loss_type: sampled_token` weights tokens as if the present student had sampled them, which rollouts "
+                "ahead are not. Set `loss_type: divergence` or `rollouts_ahead: 0`."
+            )
+        urls = self.vllm_server_base_url
+        if urls is not None and not (urls and all(re.match("https?://.", url) for url in urls)):
+            raise InputError(f"`vllm_server_base_url` must be of the form http://host:port, got {urls}.")
+        if urls is not None and not self.vllm_adapter_sync:
+            if len(urls) != 1:
+                raise InputError(
+                    f"`vllm_server_base_url` must be one address without `vllm_adapter_sync`, got {urls}."
+                )
+            self.vllm_server_base_url = urls[0]  # type: ignore[assignment]  # as TRL reads it
 
     def _infer_device(self) -> None:
         """Sets `use_cpu` where there is nothing else; refuses bf16 on a device without it."""

@@ -36,7 +36,8 @@ from .packing import Packing
 from .parts import loss_mask
 from .reading import ReadingTrainer, as_datasets, named_datasets
 from .references import with_other_references
-from .rollout import merge_without_drift, reserve_vllm_length
+from .rollout.colocated import merge_without_drift, reserve_vllm_length
+from .rollout.served import ServedTrainer, without_trls_client
 from .run_identity import check_output_dir
 from .scores import TeacherScores
 from .scoring import TeacherScoringCallback
@@ -48,7 +49,9 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
 
-class PurifiedOPSDTrainer(ReliableTrainer, ReadingTrainer, CheckedTrainer, AccumulatingTrainer, DistillationTrainer):
+class PurifiedOPSDTrainer(
+    ReliableTrainer, ServedTrainer, ReadingTrainer, CheckedTrainer, AccumulatingTrainer, DistillationTrainer
+):
     """
     Trainer for purified on-policy self-distillation (arXiv 2607.02234).
 
@@ -155,27 +158,28 @@ class PurifiedOPSDTrainer(ReliableTrainer, ReadingTrainer, CheckedTrainer, Accum
         train_dataset = with_other_references(train_dataset, args, "train_dataset")
         eval_dataset = with_other_references(eval_dataset, args, "eval_dataset")
         check_output_dir(str(args.output_dir))
-        if args.use_vllm:
+        if args.use_vllm and not args.vllm_adapter_sync:
             require_extra("vllm", "`use_vllm`")
 
         self.args = args  # `build_contexts` reads it
         named = named_datasets(train_dataset, eval_dataset)
         reserve_vllm_length(args, model, processing_class, named, self.build_contexts, tools)
         self.scoring_callback = scoring_callback or TeacherScoringCallback()
-        super().__init__(
-            model=model,
-            teacher_model=None,  # the model is its own teacher; see `TeacherScoringCallback`
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            callbacks=[*(callbacks or []), self.scoring_callback],
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-            tools=tools,
-        )
-        if args.use_vllm and is_peft_model(self.model):
+        with without_trls_client(args):
+            super().__init__(
+                model=model,
+                teacher_model=None,  # the model is its own teacher; see `TeacherScoringCallback`
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                callbacks=[*(callbacks or []), self.scoring_callback],
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+                tools=tools,
+            )
+        if args.use_vllm and not args.vllm_adapter_sync and is_peft_model(self.model):
             merge_without_drift(self.vllm_generation)
         self.purification_collator = purification_collator or self._default_collator()
         self.set_up_loss()
@@ -185,6 +189,7 @@ class PurifiedOPSDTrainer(ReliableTrainer, ReadingTrainer, CheckedTrainer, Accum
         models = [self.accelerator.unwrap_model(m) for m in (self.model, self.scoring_callback.teacher_model) if m]
         limits = [limit for limit in map(longest_alike, models) if limit is not None]
         self.purification_collator.alone_beyond = min(limits, default=None)
+        self.connect_servers()
 
     def _default_collator(self) -> PurificationCollator:
         return PurificationCollator(

@@ -3,6 +3,7 @@ Estimate what one optimizer step costs and where the time goes, by arithmetic: w
 
     python recipes/simulate_step.py --model Qwen/Qwen3-8B --gpus 8 --flops 989e12 --bandwidth 3.35e12 --link 400e9 \
         --sharded --references 512 4096 16384
+    python recipes/simulate_step.py --model Qwen/Qwen3-8B --gpus 4 --generation_gpus 4 --ahead
 
 `--model` is a folder or hub id, whose config is read, or one of `PRESETS`. docs/scaling.md has the formulas and their
 error on measured steps.
@@ -93,6 +94,8 @@ class Step:
             Rows of a student forward on one GPU.
         scoring_batch (`int`):
             Sequences of a scoring forward on one GPU.
+        rank (`int`):
+            Rank of the adapter, on all linear layers. It is what a server is sent with `ahead`.
     """
 
     rows: int = 32
@@ -106,6 +109,7 @@ class Step:
     shared_prefix: bool = False
     micro_batch: int = 4
     scoring_batch: int = 4
+    rank: int = 64
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,9 @@ class Machine:
             GPUs that share one vLLM engine.
         generation_gpus (`int`):
             GPUs of vLLM servers. 0: vLLM shares the training GPUs.
+        ahead (`bool`):
+            Whether servers write the next batches while the training GPUs train, and are sent adapters
+            (`rollouts_ahead`).
     """
 
     gpus: int = 8
@@ -149,6 +156,7 @@ class Machine:
     sharded: bool = False
     tensor_parallel: int = 1
     generation_gpus: int = 0
+    ahead: bool = False
 
 
 @dataclass(frozen=True)
@@ -178,7 +186,7 @@ class Cost:
 
 def simulate(model: Model, step: Step, machine: Machine) -> list[Cost]:
     """
-    Costs of the phases of a step, which run one after another.
+    Costs of the phases of a step.
 
     Args:
         model ([`Model`]):
@@ -189,7 +197,7 @@ def simulate(model: Model, step: Step, machine: Machine) -> list[Cost]:
             The machine.
 
     Returns:
-        `list[Cost]`: generation, scoring, student, loss, weight sync.
+        `list[Cost]`: generation, scoring, student, loss, weight or adapter sync.
     """
     rows = -(-step.rows // machine.gpus)  # of the busiest GPU
     return [
@@ -197,8 +205,40 @@ def simulate(model: Model, step: Step, machine: Machine) -> list[Cost]:
         _scoring(model, step, machine, rows),
         _student(model, step, machine, rows),
         _loss(model, step, machine, rows),
-        _sync(model, machine),
+        _sync(model, step, machine),
     ]
+
+
+def step_seconds(costs: Sequence[Cost], machine: Machine) -> float:
+    """Seconds of a step: the sum of its phases, or with `ahead` the longer of generation and all the rest."""
+    generation = costs[0].seconds
+    rest = sum(cost.seconds for cost in costs[1:])
+    return max(generation, rest) if machine.ahead else generation + rest
+
+
+def balance(model: Model, step: Step, machine: Machine, most: int = 64) -> int | None:
+    """
+    Returns how many server GPUs keep the training GPUs busy.
+
+    Args:
+        model ([`Model`]):
+            The student.
+        step ([`Step`]):
+            Its sizes and settings.
+        machine ([`Machine`]):
+            The machine; its `generation_gpus` are not read.
+        most (`int`, *optional*, defaults to `64`):
+            Largest number that is tried.
+
+    Returns:
+        `int` or `None`: least number, a multiple of `tensor_parallel`, at which generation takes no longer than the
+        rest; `None` if none does, since a batch cannot be divided further.
+    """
+    for gpus in range(machine.tensor_parallel, most + 1, machine.tensor_parallel):
+        generation, *rest = simulate(model, step, replace(machine, generation_gpus=gpus, ahead=True))
+        if generation.seconds <= sum(cost.seconds for cost in rest):
+            return gpus
+    return None
 
 
 def _generation(model: Model, step: Step, machine: Machine, rows: int) -> Cost:
@@ -258,7 +298,12 @@ def _loss(model: Model, step: Step, machine: Machine, rows: int) -> Cost:
     return Cost("loss", tokens, flops, 0.0, _compute(flops, machine))
 
 
-def _sync(model: Model, machine: Machine) -> Cost:
+def _sync(model: Model, step: Step, machine: Machine) -> Cost:
+    if machine.ahead:  # the adapter goes over the network once
+        attention = 3 * model.hidden + model.head_dim * (3 * model.heads + 2 * model.kv_heads)
+        moved = float(model.layers * step.rank * (attention + 3 * (model.hidden + model.intermediate)))
+        moved *= machine.bytes_per_weight
+        return Cost("adapter sync", 0, 0.0, moved, moved / machine.link)
     moved = model.weights * machine.bytes_per_weight
     # vLLM's copy is read and written once, after sharded weights are gathered
     seconds = 2 * moved / machine.bandwidth + (moved / machine.link if machine.sharded and machine.gpus > 1 else 0.0)
@@ -298,9 +343,8 @@ def read_model(name: str) -> Model:
     )
 
 
-def table(costs: Sequence[Cost]) -> str:
-    """Markdown table of phases."""
-    total = sum(cost.seconds for cost in costs)
+def table(costs: Sequence[Cost], total: float) -> str:
+    """Markdown table of phases and of the step's `total` seconds."""
     lines = ["| phase | tokens / GPU | TFLOP / GPU | GB | seconds | share |", "|---|---|---|---|---|---|"]
     for cost in [*costs, Cost("step", 0, sum(c.flops for c in costs), 0.0, total)]:
         tokens = f"{cost.tokens:,.0f}" if cost.tokens else ""
@@ -336,7 +380,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     machine = Machine(**{name: values[name] for name in asdict(Machine())})
     for reference in values["references"]:
         print(f"\nReference of {reference:,} tokens on {machine.gpus} GPUs (estimate)\n")
-        print(table(simulate(model, replace(step, reference=reference), machine)))
+        sized = replace(step, reference=reference)
+        costs = simulate(model, sized, machine)
+        print(table(costs, step_seconds(costs, machine)))
+        if machine.ahead:
+            servers = balance(model, sized, machine)
+            needed = f"{servers} server GPUs" if servers else "no number of server GPUs"
+            print(f"\n{needed} would write as fast as {machine.gpus} GPUs train")
 
 
 if __name__ == "__main__":

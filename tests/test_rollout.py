@@ -16,7 +16,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 from purified_opsd_trl import PurifiedOPSDConfig, build_contexts
 from purified_opsd_trl.config import DEFAULT_REFERENCE_PROMPT_TEMPLATE, DEFAULT_TEACHER_PROMPT_TEMPLATE
-from purified_opsd_trl.rollout import merge_without_drift, reserve_vllm_length
+from purified_opsd_trl.rollout.colocated import merge_without_drift, reserve_vllm_length
 
 
 def generation_of(model: Any) -> VLLMGeneration:

@@ -116,6 +116,30 @@ def test_sharding_and_gpus() -> None:
     assert seconds(gpus=8, generation_gpus=1)["generation"] > eight["generation"]
 
 
+def test_generation_ahead_overlaps_with_the_rest() -> None:
+    model, step = simulation.PRESETS["Qwen/Qwen3-8B"], simulation.Step(reference=4096)
+    machine = simulation.Machine(gpus=4, generation_gpus=4)
+    ahead = dataclasses.replace(machine, ahead=True)
+    after, during = simulation.simulate(model, step, machine), simulation.simulate(model, step, ahead)
+    assert after[:4] == during[:4]
+    rest = sum(cost.seconds for cost in during[1:])
+    assert simulation.step_seconds(during, ahead) == max(during[0].seconds, rest) < during[0].seconds + rest
+    assert simulation.step_seconds(after, machine) == sum(cost.seconds for cost in after)
+    # Of q, k, v, o and the three matrices of the MLP: inputs and outputs, times rank 64, 36 layers and 2 bytes
+    sides = [(4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096), (4096, 12288), (4096, 12288), (12288, 4096)]
+    assert during[4].bytes == 2 * 36 * 64 * sum(a + b for a, b in sides)
+    few = simulation.balance(model, dataclasses.replace(step, reference=16384), machine)
+    assert few is not None
+    for gpus, enough in ((few, True), (few - 1, False)):
+        if gpus:
+            costs = simulation.simulate(
+                model, dataclasses.replace(step, reference=16384), dataclasses.replace(ahead, generation_gpus=gpus)
+            )
+            assert (costs[0].seconds <= sum(cost.seconds for cost in costs[1:])) == enough
+    # A single long completion bounds the step however many servers there are
+    assert simulation.balance(model, simulation.Step(completion=32768, reference=512), machine) is None
+
+
 def test_the_command_prints_a_table_for_each_reference(capsys: pytest.CaptureFixture[str]) -> None:
     simulation.main(["--model", "Qwen/Qwen3-4B", "--gpus", "2", "--references", "512", "4096", "--no-checkpointing"])
     output = capsys.readouterr().out

@@ -3,6 +3,7 @@ Commands with what vLLM needs on a CPU. Nothing of it is in the package.
 
     python -m tests.vllm_engine.cpu evaluate ...   purified-opsd evaluate, vLLM without compiling
     python -m tests.vllm_engine.cpu serve ...      trl vllm-serve, under the name that the CPU build is installed by
+    python -m tests.vllm_engine.cpu adapters ...   vllm serve, with adapters that are loaded while it runs
 """
 
 import importlib.metadata
@@ -34,5 +35,12 @@ def serve(arguments: list[str]) -> int:
     return 0
 
 
+def adapters(arguments: list[str]) -> int:
+    os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
+    sys.argv[1:] = arguments
+    runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__")
+    return 0
+
+
 if __name__ == "__main__":
-    sys.exit({"evaluate": evaluate, "serve": serve}[sys.argv[1]](sys.argv[2:]))
+    sys.exit({"evaluate": evaluate, "serve": serve, "adapters": adapters}[sys.argv[1]](sys.argv[2:]))

@@ -14,10 +14,10 @@ from datasets import IterableDataset
 from transformers import AutoTokenizer
 from trl.trainer.utils import get_config_model_id
 
-from .config import PurifiedOPSDConfig
-from .contexts import Contexts
-from .dataset import AnyDataset, row_blocks
-from .rows import RowReader
+from ..config import PurifiedOPSDConfig
+from ..contexts import Contexts
+from ..dataset import AnyDataset, row_blocks
+from ..rows import RowReader
 
 
 logger = logging.getLogger(__name__)
@@ -34,8 +34,9 @@ def reserve_vllm_length(
     """
     Sets an unset `args.vllm_max_model_length` to the longest prompt of the data plus `max_completion_length`.
 
-    Left unset, a colocated vLLM needs memory for a sequence as long as the model's whole context (40,960 tokens for
-    Qwen3), or refuses to start. TRL reads the value when it starts vLLM.
+    Left unset, a colocated vLLM needs memory for a sequence as long as the model's complete context (40,960 tokens for
+    Qwen3), or refuses to start. TRL reads the value when it starts vLLM. A server of `vllm_adapter_sync` must hold
+    sequences of this length.
 
     Args:
         args ([`PurifiedOPSDConfig`]):
@@ -52,7 +53,8 @@ def reserve_vllm_length(
         tools (`list`, *optional*):
             Tools that the prompts describe.
     """
-    if not args.use_vllm or args.vllm_mode != "colocate" or args.vllm_max_model_length is not None:
+    ours = args.vllm_mode == "colocate" or args.vllm_adapter_sync
+    if not args.use_vllm or not ours or args.vllm_max_model_length is not None:
         return
     if processing_class is None:
         processing_class = AutoTokenizer.from_pretrained(
@@ -66,7 +68,7 @@ def reserve_vllm_length(
     for name, dataset in datasets:
         if isinstance(dataset, IterableDataset):
             logger.warning(
-                "%s is streamed, so its longest prompt is unknown and vLLM reserves memory for the model's whole "
+                "%s is streamed, so its longest prompt is unknown and vLLM reserves memory for the model's complete "
                 "context. Set `vllm_max_model_length` to the longest prompt plus `max_completion_length`.",
                 name,
             )
