@@ -308,8 +308,8 @@ class PurifiedOPSDConfig(DistillationConfig):
     mask_truncated_completions: bool = _option(False, "No loss on completions cut off at max_completion_length.")
 
     # Parameters that control the target
-    target: Literal["purified", "teacher", "interpolated", "contrastive"] = _option(
-        "purified", "Distill the purified target, the privileged teacher (OPSD), or another one of docs/targets.md."
+    target: str = _option(
+        "purified", "Distill the `purified` target, the `teacher` (OPSD), or one of docs/targets.md."
     )
     pmi_beta: PositiveFloat = _option(1.0, "Strength of the base anchor; larger is closer to the base.")
     pmi_clip: Annotated[float, Range(0)] | None = _option(

@@ -1,10 +1,15 @@
-"""Every causal language model of the installed transformers at toy size, and what is exact about it."""
+"""
+Every causal language model of the installed transformers at toy size, and what is exact about it.
+
+`python -m tests.architectures` measures all of them and rewrites the table of docs/models.md.
+"""
 
 import inspect
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -225,3 +230,46 @@ def student_error(trainer: PurifiedOPSDTrainer) -> float:
         float((head.logits(states[row, : len(c)]).log_softmax(-1) - _own_log_probs(model, p, c)).abs().max())
         for row, (p, c) in enumerate(zip(prompts, COMPLETIONS, strict=True))
     )
+
+
+# The table of docs/models.md -----------------------------------------------------------------------------------------
+
+PAGE = Path(__file__).parent.parent / "docs" / "models.md"
+HEADINGS = ("exact", "row by row", "refused", "fails", "not built")
+
+
+def measured(family: str) -> tuple[str, str, str]:
+    """Family, what becomes of it, and why."""
+    try:
+        with time_limit(100):
+            model = toy_model(family)
+    except Exception as error:
+        return family, "not built", _line(error)
+    try:
+        with time_limit(100):
+            return family, *verdict(model)
+    except Exception as error:
+        return family, "fails", _line(error)
+
+
+def table(results: list[tuple[str, str, str]]) -> str:
+    """Markdown: one line per outcome and reason; families that could not be built at toy size on the last line."""
+    lines = ["| | families | why |", "|---|---|---|"]
+    for heading in HEADINGS:
+        named = heading in ("fails", "not built")  # reasons of the toy size, not of the family
+        reasons = dict.fromkeys("" if named else why for _, result, why in results if result == heading)
+        for reason in reasons:
+            families = [f"`{f}`" for f, result, why in results if result == heading and (named or why == reason)]
+            lines.append(f"| {heading.capitalize()} | {', '.join(families)} | {reason} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition("<!-- families -->")
+    _, _, after = rest.partition("<!-- /families -->")
+    body = table([measured(family) for family in FAMILIES])
+    PAGE.write_text(f"{before}<!-- families -->\n{body}\n<!-- /families -->{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

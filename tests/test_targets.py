@@ -9,12 +9,12 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel
 
-from purified_opsd_trl import PurifiedOPSDConfig, PurifiedOPSDTrainer
+from purified_opsd_trl import PurifiedOPSDConfig, PurifiedOPSDTrainer, purified_target_logits
 from purified_opsd_trl.errors import InputError
 from purified_opsd_trl.kernels.settings import LossSettings
 from purified_opsd_trl.loss import FrozenStates, required_states, token_loss
 from purified_opsd_trl.references import OTHER_REFERENCE, other_rows
-from purified_opsd_trl.targets import DENSE_TARGETS
+from purified_opsd_trl.targets import DENSE_TARGETS, DenseTarget
 from tests import reference
 from tests.loss_cases import Case, make_case, relative_error
 
@@ -108,6 +108,27 @@ def test_the_same_reference_twice_carries_no_loss() -> None:
 def test_wrong_settings(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         LossSettings(**fields)
+
+
+def test_another_target_takes_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = DenseTarget(("teacher",), ("temperature",), lambda *, teacher, temperature: teacher / temperature)
+    monkeypatch.setitem(DENSE_TARGETS, "sharpened", target)
+    case = make_case(1000)
+    settings = PurifiedOPSDConfig("unused", target="sharpened", use_cpu=True, bf16=False).loss_settings
+    states = states_of(case, settings)
+    result = token_loss(case.hidden, case.inputs()[1], states, case.frozen(), case.weights, settings)
+    plain = token_loss(case.hidden, case.inputs()[1], states, case.frozen(), case.weights, LossSettings("teacher"))
+    torch.testing.assert_close(result.per_token, plain.per_token)  # temperature 1
+
+
+def test_the_closed_form_case_of_other_public_code() -> None:
+    """Its shapes, seed and settings: dense log-softmaxes, clip 10, beta 1 (docs/peers.md)."""
+    torch.manual_seed(0)
+    teacher, probe, base = (torch.randn(2, 3, 8) for _ in range(3))
+    delta = teacher.log_softmax(-1) - probe.log_softmax(-1)
+    delta = 10 * torch.tanh((delta - delta.mean(-1, keepdim=True)) / 10)
+    expected = (base.log_softmax(-1) + delta).softmax(-1)
+    torch.testing.assert_close(purified_target_logits(teacher, probe, base).softmax(-1), expected, rtol=0, atol=1e-5)
 
 
 # In the trainer ------------------------------------------------------------------------------------------------------
