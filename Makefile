@@ -97,11 +97,11 @@ lint-workflows: .venv/.dev-installed
 
 # The extra `docs`, without what the package itself needs: its sources are read, not imported
 .venv/.docs-installed: $(PINS)
-	.ci/install mkdocstrings-python zensical
+	.ci/install latex2mathml mkdocstrings-python zensical
 	@touch $@
 
 docs: .venv/.docs-installed
-	$(BIN)/zensical build --clean --strict --config-file docs/zensical.toml
+	PYTHONPATH=docs $(BIN)/zensical build --clean --strict --config-file docs/zensical.toml
 
 clean:
 	rm -rf docs/site docs/.cache .venv .venv-vllm .cache outputs build dist .mypy_cache .pytest_cache .ruff_cache
