@@ -20,15 +20,15 @@ class _Block(BlockProcessor):
         return block.startswith("$$\n") and block.endswith("\n$$")
 
     def run(self, parent: Element, blocks: list[str]) -> None:
-        self.parser.parseBlocks(
-            parent, [self.parser.md.htmlStash.store(convert(blocks.pop(0)[2:-2].strip(), display="block"))]
-        )
+        math = convert(blocks.pop(0)[2:-2].strip(), display="block")
+        held = self.parser.md.htmlStash.store(f'<div style="margin: 1em 0; overflow-x: auto">{math}</div>')
+        self.parser.parseBlocks(parent, [held])
 
 
 class _MathML(Extension):
     def extendMarkdown(self, md: Markdown) -> None:
         # Below the code spans (190), which may hold a dollar sign
-        md.inlinePatterns.register(_Inline(r"(?<![\\$\w])\$(?!\s)([^$\n]+?)(?<!\s)\$(?![\w$])", md), "math", 185)
+        md.inlinePatterns.register(_Inline(r"(?<![\\$\w])\$(?!\s)([^$]+?)(?<!\s)\$(?![\w$])", md), "math", 185)
         md.parser.blockprocessors.register(_Block(md.parser), "math", 175)
 
 
