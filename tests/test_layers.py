@@ -9,7 +9,7 @@ import purified_opsd_trl
 
 ROOT = Path(purified_opsd_trl.__file__).parent
 LAYERS = (
-    {"errors", "extras", "env", "arguments", "markers", "backbone"},
+    {"errors", "extras", "env", "arguments", "markers", "backbone", "estimate"},
     {"head", "purification"},
     {"kernels"},
     {"config", "contexts", "scores", "rows", "dataset", "loading"},
@@ -18,10 +18,10 @@ LAYERS = (
     {"scoring"},
     {"monitoring"},
     {"run_identity", "shutdown"},
-    {"reading", "checkpoints", "distilling"},
+    {"reading", "checkpoints", "distilling", "plan"},
     {"trainer"},
     {"train", "evaluate", "bench"},
-    {"diagnose"},
+    {"diagnose", "check"},
     {"cli"},
 )
 

@@ -16,11 +16,10 @@ import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from trl.chat_template_utils import deepseek_r1_distill_chat_template, qwen3_chat_template
 
-from purified_opsd_trl.cli import launch_arguments
 from purified_opsd_trl.errors import InputError
 from purified_opsd_trl.evaluate.arguments import parse as parse_evaluate
 from purified_opsd_trl.evaluate.paper import paper_rows
-from purified_opsd_trl.train import main, make_parser
+from purified_opsd_trl.train import launch_arguments, main, make_parser
 from recipes import build_data
 from tests.conftest import build_tokenizer
 
