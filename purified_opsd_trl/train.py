@@ -187,6 +187,7 @@ def main(
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, ReportCallback):
             callback.dataset = script_args.dataset_name
+    trainer.dataset_name = script_args.dataset_name
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(training_args.output_dir)
     on_hub = script_args.dataset_name if not os.path.exists(script_args.dataset_name or "") else None

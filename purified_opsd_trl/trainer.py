@@ -26,6 +26,7 @@ from .distilling import DistillingTrainer, loss_mask
 from .errors import InputError
 from .extras import require_extra
 from .markers import MarkerCounter, TokenClassifier
+from .model_card import DescribingTrainer
 from .monitoring.console import console_callbacks
 from .monitoring.decomposition import DecompositionMonitor
 from .monitoring.epistemic import EpistemicMonitor
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
 
-class PurifiedOPSDTrainer(ReliableTrainer, ReadingTrainer, DistillingTrainer, DistillationTrainer):
+class PurifiedOPSDTrainer(ReliableTrainer, ReadingTrainer, DistillingTrainer, DescribingTrainer, DistillationTrainer):
     """
     Trainer for purified on-policy self-distillation (arXiv 2607.02234).
 

@@ -18,7 +18,7 @@ LAYERS = (
     {"scoring"},
     {"monitoring"},
     {"run_identity", "shutdown"},
-    {"reading", "checkpoints", "distilling", "plan"},
+    {"reading", "checkpoints", "distilling", "model_card", "plan"},
     {"trainer"},
     {"train", "evaluate", "bench"},
     {"diagnose", "check"},
