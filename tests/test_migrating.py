@@ -86,7 +86,7 @@ def both(
         peft_config=lora,
         **common,
     )
-    ours._generate_single_turn = lambda ids, *_, **__: (completions, None)
+    ours._generate_single_turn = lambda ids, *_, **__: completions
     rows = list(dataset)
     results = {"sdft": loss_and_gradient(moved(theirs), rows), "ours": loss_and_gradient(moved(ours), rows)}
     (logged,) = theirs._metrics["train"]["self_distillation/distillation_loss"]
