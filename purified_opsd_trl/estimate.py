@@ -106,6 +106,8 @@ class Step:
             Sequences of a scoring forward on one GPU.
         scoring_tokens (`int`):
             `scoring_token_budget`; 0 is no limit.
+        vllm (`bool`):
+            Whether vLLM generates, with a key-value cache in memory of its own.
     """
 
     rows: int = 32
@@ -120,6 +122,7 @@ class Step:
     micro_batch: int = 4
     scoring_batch: int = 4
     scoring_tokens: int = 0
+    vllm: bool = False
 
 
 @dataclass(frozen=True)
@@ -362,7 +365,7 @@ def _phases(model: Model, step: Step, machine: Machine, loss_budget: int) -> dic
     # With checkpointing each layer keeps its input, and one layer is recomputed; without, about 17 values per unit
     per_token = (1.5 if step.checkpointing else 17.0) * model.layers * model.hidden * size
     return {
-        "generation": rows * prompt * model.kv_per_token * size,
+        "generation": 0.0 if step.vllm else rows * prompt * model.kv_per_token * size,
         "scoring": scored * layer + scores,
         "student": min(step.micro_batch, rows) * prompt * per_token + scores + loss_budget * 2**20,
     }

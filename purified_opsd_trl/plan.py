@@ -170,4 +170,5 @@ class Plan:
             micro_batch=per_device,
             scoring_batch=args.scoring_batch_size or per_device,
             scoring_tokens=args.scoring_token_budget or 0,
+            vllm=args.use_vllm,
         )
