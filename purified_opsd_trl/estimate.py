@@ -1,7 +1,7 @@
 """
 What one optimizer step costs in time and memory, by arithmetic: without weights and without a GPU.
 
-docs/scaling.md has the formulas of the time and their error on measured steps, recipes/README.md those of the memory.
+docs/scaling.md has the error of the time on measured steps, recipes/README.md the formulas of the memory.
 """
 
 from dataclasses import dataclass, replace

@@ -5,7 +5,7 @@ Estimate what one optimizer step costs and where the time goes, by arithmetic: w
         --sharded --references 512 4096 16384
 
 `--model` is a folder or hub id, whose config is read, or one of `PRESETS`. `purified-opsd check` does the same for a
-recipe. docs/scaling.md has the formulas and their error on measured steps.
+recipe. docs/scaling.md has the error on measured steps.
 """
 
 import argparse
