@@ -11,6 +11,7 @@
 #   make lint    ruff and mypy
 #   make lint-workflows     the workflows of .github, by actionlint (installs it)
 #   make docs    the documentation site, into docs/site; a warning is an error
+#   make screenshots    docs/img/report.png and diagnosis-light.png from the demo's pages; needs chromium
 #   make clean   remove the environment, caches and outputs
 # PYTHON=/path/to/python3.12 chooses the interpreter of the environment.
 
@@ -24,7 +25,7 @@ export PYTHON
 # With other work on the machine, a thread that spins while it waits starves the one it waits for.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo lab test test-numerics test-faults test-distributed test-vllm gpu lint lint-workflows docs clean
+.PHONY: help demo lab test test-numerics test-faults test-distributed test-vllm gpu lint lint-workflows docs screenshots clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -97,11 +98,19 @@ lint-workflows: .venv/.dev-installed
 
 # The extra `docs`, without what the package itself needs: its sources are read, not imported
 .venv/.docs-installed: $(PINS)
-	.ci/install mkdocstrings-python zensical
+	.ci/install latex2mathml mkdocstrings-python zensical
 	@touch $@
 
 docs: .venv/.docs-installed
-	$(BIN)/zensical build --clean --strict --config-file docs/zensical.toml
+	PYTHONPATH=docs $(BIN)/zensical build --clean --strict --config-file docs/zensical.toml
+
+screenshots: export HF_HUB_OFFLINE = 1
+screenshots: .venv/.dev-installed
+	test -f $(DEMO_OUTPUT)/report.html || $(MAKE) demo
+	$(BIN)/purified-opsd diagnose --model_name_or_path .cache/smollm2-135m-instruct --num_samples 4 \
+		--dataset_name .cache/gsm_symbolic/test.jsonl --max_completion_length 64 --output_dir outputs/smollm2-diagnosis
+	$(BIN)/python -m tests.browser $(DEMO_OUTPUT)/report.html docs/img/report.png
+	$(BIN)/python -m tests.browser outputs/smollm2-diagnosis/diagnosis.html docs/img/diagnosis-light.png
 
 clean:
 	rm -rf docs/site docs/.cache .venv .venv-vllm .cache outputs build dist .mypy_cache .pytest_cache .ruff_cache

@@ -215,6 +215,10 @@ class RowReader:
                 faults[i] = self._overlong(rows[i], contexts, tokens)
         return faults
 
+    def text(self, prompt: Prompt) -> str:
+        """A prompt as the model sees it, chat template included."""
+        return self._render(prompt)[0]
+
     def longest_base(self, rows: Sequence[Row], at_least: int = 0) -> int:
         """
         Tokens of the longest student's prompt, or `at_least` if none is longer; rows that cannot be used do not count.
