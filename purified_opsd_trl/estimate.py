@@ -228,9 +228,9 @@ def simulate(model: Model, step: Step, machine: Machine) -> list[Cost]:
 
 def step_seconds(costs: Sequence[Cost], machine: Machine) -> float:
     """Seconds of a step: the sum of its phases, or with `ahead` the longer of generation and all the rest."""
-    generation = costs[0].seconds
-    rest = sum(cost.seconds for cost in costs[1:])
-    return max(generation, rest) if machine.ahead else generation + rest
+    if machine.ahead:
+        return max(costs[0].seconds, sum(cost.seconds for cost in costs[1:]))
+    return sum(cost.seconds for cost in costs)
 
 
 def balance(model: Model, step: Step, machine: Machine, most: int = 64) -> int | None:
