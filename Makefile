@@ -5,6 +5,7 @@
 #   make test-numerics      the numbers once more: other instruction sets, 1 and 2 threads
 #   make test-distributed   every backend and teacher in real processes, DeepSpeed included (long)
 #   make test-faults     kills at random points, signals, full disks, ranks that die
+#   make test-properties    2,400 random rows, files, prompt and chat templates; `make test` draws 200 of them
 #   make test-vllm   rollouts of a real vLLM on the CPU, in an environment of its own (.venv-vllm)
 #   make gpu     everything that only a GPU can show, into outputs/gpu/REPORT.md; installs nothing: PYTHON (python3)
 #                must have a CUDA torch and this package's dependencies, see docs/gpu.md    ARGS="--parts loss step"
@@ -25,7 +26,8 @@ export PYTHON
 # With other work on the machine, a thread that spins while it waits starves the one it waits for.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo lab test test-numerics test-faults test-distributed test-vllm gpu lint lint-workflows docs screenshots clean
+.PHONY: help demo lab test test-numerics test-faults test-properties test-distributed test-vllm gpu lint \
+	lint-workflows docs screenshots clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -64,6 +66,10 @@ test-numerics: .venv/.dev-installed
 
 test-faults: .venv/.dev-installed
 	$(BIN)/python -m pytest -m faults $(ARGS)
+
+test-properties: export HYPOTHESIS_PROFILE = nightly
+test-properties: .venv/.dev-installed
+	$(BIN)/python -m pytest tests/test_reliability_properties.py $(ARGS)
 
 # DeepSpeed's extensions are for GPUs: none is built here
 .venv/.distributed-installed: .venv/.dev-installed

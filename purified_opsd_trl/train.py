@@ -25,7 +25,7 @@ from trl import DatasetMixtureConfig, ModelConfig, get_peft_config, get_quantiza
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
 from .arguments import CommandParser
-from .checkpoints import find_checkpoint, is_complete
+from .checkpoints import check_named_checkpoint, find_checkpoint
 from .config import PurifiedOPSDConfig
 from .errors import InputError, exit_status, one_line
 from .extras import require_extra
@@ -59,13 +59,7 @@ def check_checkpoint(training_args: PurifiedOPSDConfig) -> str | bool | None:
         return None
     if str(value).lower() == "true":
         return find_checkpoint(training_args.output_dir or "")
-    if not os.path.isdir(value):
-        raise InputError(f"`resume_from_checkpoint`: there is no folder {value}.")
-    if not is_complete(value):
-        raise InputError(
-            f"`resume_from_checkpoint`: {value} is incomplete or damaged. Name an earlier checkpoint, or set `true` "
-            "to take the newest complete one."
-        )
+    check_named_checkpoint(value)
     return value
 
 
