@@ -129,8 +129,8 @@ def check_named_checkpoint(checkpoint: str) -> None:
         raise InputError(f"`resume_from_checkpoint`: there is no folder {checkpoint}.")
     if found := damage(checkpoint):
         raise InputError(
-            f"`resume_from_checkpoint`: {checkpoint} is incomplete or damaged: {found}. Name an earlier checkpoint, or "
-            "set `true` to take the newest complete one."
+            f"`resume_from_checkpoint`: {checkpoint} is incomplete or damaged: {found}. Name an earlier checkpoint, "
+            "or set `true` to take the newest complete one."
         )
 
 
@@ -236,7 +236,7 @@ class ReliableTrainer(Trainer):
         }
 
     def _check_portions(self, checkpoint: str | None) -> None:
-        """Refuses to go on with other processes or rows per step; DeepSpeed would refuse the former in its own words."""
+        """Refuses to go on with other processes or rows per step, before DeepSpeed does in its own words."""
         state = read_json(Path(checkpoint) / RUN_STATE_NAME) if checkpoint is not None else None
         if state is None or self.args.ignore_data_skip:
             return
