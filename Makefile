@@ -5,13 +5,18 @@
 #   make test-numerics      the numbers once more: other instruction sets, 1 and 2 threads
 #   make test-distributed   every backend and teacher in real processes, DeepSpeed included (long)
 #   make test-faults     kills at random points, signals, full disks, ranks that die
+<<<<<<< HEAD
 #   make test-architectures every causal language model of transformers at toy size (long)
+=======
+#   make test-properties    2,400 random rows, files, prompt and chat templates; `make test` draws 200 of them
+>>>>>>> main
 #   make test-vllm   rollouts of a real vLLM on the CPU, in an environment of its own (.venv-vllm)
 #   make gpu     everything that only a GPU can show, into outputs/gpu/REPORT.md; installs nothing: PYTHON (python3)
 #                must have a CUDA torch and this package's dependencies, see docs/gpu.md    ARGS="--parts loss step"
 #   make lint    ruff and mypy
 #   make lint-workflows     the workflows of .github, by actionlint (installs it)
 #   make docs    the documentation site, into docs/site; a warning is an error
+#   make screenshots    docs/img/report.png and diagnosis-light.png from the demo's pages; needs chromium
 #   make clean   remove the environment, caches and outputs
 # PYTHON=/path/to/python3.12 chooses the interpreter of the environment.
 
@@ -25,7 +30,12 @@ export PYTHON
 # With other work on the machine, a thread that spins while it waits starves the one it waits for.
 export OMP_WAIT_POLICY ?= PASSIVE
 
+<<<<<<< HEAD
 .PHONY: help demo lab test test-numerics test-faults test-architectures test-distributed test-vllm gpu lint lint-workflows docs clean
+=======
+.PHONY: help demo lab test test-numerics test-faults test-properties test-distributed test-vllm gpu lint \
+	lint-workflows docs screenshots clean
+>>>>>>> main
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -65,8 +75,14 @@ test-numerics: .venv/.dev-installed
 test-faults: .venv/.dev-installed
 	$(BIN)/python -m pytest -m faults $(ARGS)
 
+<<<<<<< HEAD
 test-architectures: .venv/.dev-installed
 	$(BIN)/python -m pytest tests/test_architectures.py -m architectures $(ARGS)
+=======
+test-properties: export HYPOTHESIS_PROFILE = nightly
+test-properties: .venv/.dev-installed
+	$(BIN)/python -m pytest tests/test_reliability_properties.py $(ARGS)
+>>>>>>> main
 
 # DeepSpeed's extensions are for GPUs: none is built here
 .venv/.distributed-installed: .venv/.dev-installed
@@ -101,11 +117,19 @@ lint-workflows: .venv/.dev-installed
 
 # The extra `docs`, without what the package itself needs: its sources are read, not imported
 .venv/.docs-installed: $(PINS)
-	.ci/install mkdocstrings-python zensical
+	.ci/install latex2mathml mkdocstrings-python zensical
 	@touch $@
 
 docs: .venv/.docs-installed
-	$(BIN)/zensical build --clean --strict --config-file docs/zensical.toml
+	PYTHONPATH=docs $(BIN)/zensical build --clean --strict --config-file docs/zensical.toml
+
+screenshots: export HF_HUB_OFFLINE = 1
+screenshots: .venv/.dev-installed
+	test -f $(DEMO_OUTPUT)/report.html || $(MAKE) demo
+	$(BIN)/purified-opsd diagnose --model_name_or_path .cache/smollm2-135m-instruct --num_samples 4 \
+		--dataset_name .cache/gsm_symbolic/test.jsonl --max_completion_length 64 --output_dir outputs/smollm2-diagnosis
+	$(BIN)/python -m tests.browser $(DEMO_OUTPUT)/report.html docs/img/report.png
+	$(BIN)/python -m tests.browser outputs/smollm2-diagnosis/diagnosis.html docs/img/diagnosis-light.png
 
 clean:
 	rm -rf docs/site docs/.cache .venv .venv-vllm .cache outputs build dist .mypy_cache .pytest_cache .ruff_cache

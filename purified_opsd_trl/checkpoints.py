@@ -46,19 +46,29 @@ def is_complete(checkpoint: str | Path, to_resume: bool = True) -> bool:
         `bool`: `trainer_state.json` holds a step, every safetensors file has the length that its header says, and
         every file that `run_state.json` lists has the size that it had.
     """
+    return not damage(checkpoint, to_resume)
+
+
+def damage(checkpoint: str | Path, to_resume: bool = True) -> str:
+    """The first thing of a checkpoint that is missing or damaged, in words; empty if it [`is_complete`]."""
     folder = Path(checkpoint)
     if not isinstance((read_json(folder / TRAINER_STATE_NAME) or {}).get("global_step"), int):
-        return False
-    try:
-        for file in folder.rglob("*.safetensors"):
+        return f"{TRAINER_STATE_NAME} is missing or damaged"
+    for file in sorted(folder.rglob("*.safetensors")):
+        try:
             with safe_open(file, "pt"):
                 pass
-    except (OSError, SafetensorError):
-        return False
+        except (OSError, SafetensorError):
+            return f"{file.relative_to(folder)} is damaged"
     if not to_resume or not (folder / RUN_STATE_NAME).exists():
-        return True  # without a run state: another trainer wrote it
-    files = (read_json(folder / RUN_STATE_NAME) or {}).get("files")
-    return isinstance(files, dict) and files.items() <= _sizes(folder).items()
+        return ""  # without a run state: another trainer wrote it
+    files, found = (read_json(folder / RUN_STATE_NAME) or {}).get("files"), _sizes(folder)
+    if not isinstance(files, dict):
+        return f"{RUN_STATE_NAME} is damaged"
+    for name, size in files.items():
+        if found.get(name) != size:
+            return f"{name} has {found[name]} bytes instead of {size}" if name in found else f"{name} is missing"
+    return ""
 
 
 def _sizes(folder: Path) -> dict[str, int]:
@@ -113,6 +123,17 @@ def find_checkpoint(output_dir: str | Path) -> str:
     return checkpoint
 
 
+def check_named_checkpoint(checkpoint: str) -> None:
+    """Raises an [`InputError`] unless the checkpoint that a user named is complete: no other one is taken instead."""
+    if not Path(checkpoint).is_dir():
+        raise InputError(f"`resume_from_checkpoint`: there is no folder {checkpoint}.")
+    if found := damage(checkpoint):
+        raise InputError(
+            f"`resume_from_checkpoint`: {checkpoint} is incomplete or damaged: {found}. Name an earlier checkpoint, "
+            "or set `true` to take the newest complete one."
+        )
+
+
 class ReliableTrainer(Trainer):
     """
     Mixin of the trainer: what it saves is complete and of one run, and training goes on from it as if never stopped.
@@ -139,10 +160,13 @@ class ReliableTrainer(Trainer):
         folder = self._get_output_dir(trial)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = find_checkpoint(folder)
+        elif resume_from_checkpoint:
+            check_named_checkpoint(resume_from_checkpoint)
         stop = GracefulStop(self.accelerator)
         self.add_callback(stop)
         try:
             with self._owned(folder, resume_from_checkpoint or None), stop.installed():
+                self._check_portions(resume_from_checkpoint or None)
                 output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
                 self.accelerator.wait_for_everyone()
         finally:
@@ -211,6 +235,20 @@ class ReliableTrainer(Trainer):
             "rows_per_step": self.args.per_device_train_batch_size * self.args.world_size * steps,
         }
 
+    def _check_portions(self, checkpoint: str | None) -> None:
+        """Refuses to go on with other processes or rows per step, before DeepSpeed does in its own words."""
+        state = read_json(Path(checkpoint) / RUN_STATE_NAME) if checkpoint is not None else None
+        if state is None or self.args.ignore_data_skip:
+            return
+        position, here = state["position"], self._position()
+        for name, noun in (("num_processes", "processes"), ("rows_per_step", "rows per step")):
+            if position[name] != here[name]:
+                raise InputError(
+                    f"`resume_from_checkpoint`: {checkpoint} was written with {position[name]} {noun}, this run has "
+                    f"{here[name]}: some rows would be trained on twice and others never. Use as many as before, or "
+                    "set `ignore_data_skip: true` to begin an epoch anew."
+                )
+
     def _init_training_state(
         self,
         max_steps: int,
@@ -226,14 +264,6 @@ class ReliableTrainer(Trainer):
             return epochs, batches
         state = read_json(Path(resume_from_checkpoint) / RUN_STATE_NAME)
         position: dict[str, Any] = state["position"] if state else {"epoch": 0, "generator": None}
-        here = self._position()
-        for name, noun in (("num_processes", "processes"), ("rows_per_step", "rows per step")):
-            if name in position and position[name] != here[name]:
-                raise InputError(
-                    f"`resume_from_checkpoint`: {resume_from_checkpoint} was written with {position[name]} {noun}, "
-                    f"this run has {here[name]}: some rows would be trained on twice and others never. Use as many "
-                    "as before, or set `ignore_data_skip: true` to begin an epoch anew."
-                )
         if isinstance(self.train_dataset, IterableDataset):  # transformers counts epochs of `max_steps`
             if state:
                 return position["epoch"], position["steps"] * self.args.gradient_accumulation_steps

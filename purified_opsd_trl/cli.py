@@ -1,4 +1,4 @@
-"""The `purified-opsd` command: `train`, `diagnose`, `evaluate`, `bench` and `env`."""
+"""The `purified-opsd` command: `train`, `check`, `diagnose`, `evaluate`, `bench` and `env`."""
 
 import argparse
 import importlib
@@ -6,13 +6,13 @@ import importlib.metadata
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from .errors import DEBUG_VARIABLE, InputError, exit_status
+from .errors import DEBUG_VARIABLE, exit_status
 
 
 _COMMANDS = {
     "train": "train a model by purified self-distillation",
+    "check": "show what a run would see and need, without training",
     "diagnose": "show what a teacher's signal consists of, without training",
     "evaluate": "sample and grade models on benchmarks, or compare results",
     "bench": "time the loss or a whole training step against other implementations",
@@ -20,45 +20,9 @@ _COMMANDS = {
 }
 
 
-def launch_arguments(from_recipe: list[str], from_command_line: list[str]) -> list[str]:
-    """
-    Arguments of `accelerate launch`: the command line takes precedence over the accelerate file, the file over the
-    recipe.
-
-    To the launcher every argument takes precedence over its file. A recipe's `num_processes: 1` is for those who name
-    no file, so what the file sets is left out of the recipe's arguments.
-
-    Args:
-        from_recipe (`list[str]`):
-            Launcher arguments of the recipe, `--key value` each.
-        from_command_line (`list[str]`):
-            Those of the command line.
-
-    Returns:
-        `list[str]`: with `--accelerate_config` resolved to a file.
-
-    Raises:
-        [`InputError`]: if `--accelerate_config` is neither a file nor the name of one of TRL's.
-    """
-    import yaml
-    from trl.cli.accelerate_config import resolve_accelerate_config_argument
-
-    try:
-        arguments = resolve_accelerate_config_argument(from_recipe + from_command_line)
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    if "--config_file" not in arguments:
-        return arguments
-    file = Path(arguments[arguments.index("--config_file") + 1])
-    in_file = yaml.safe_load(file.read_text(encoding="utf-8"))
-    pairs = zip(from_recipe[::2], from_recipe[1::2], strict=True)
-    kept = [word for key, value in pairs if key.removeprefix("--") not in in_file for word in (key, value)]
-    return resolve_accelerate_config_argument(kept + from_command_line)
-
-
 def _train(argv: list[str]) -> int:
     from .shutdown import launch
-    from .train import make_parser
+    from .train import launch_arguments, make_parser
 
     # Parsed here once for `--help` and for errors before anything is launched; the script parses again for itself
     parsed, from_config, from_command_line = make_parser(prog="purified-opsd train").parse_known(argv)

@@ -23,7 +23,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from .errors import InputError
+from .errors import InputError, one_line
 from .rows import Fault, Row, RowReader
 
 
@@ -71,8 +71,8 @@ def as_dataset(data: Any, name: str) -> AnyDataset:
     columns = list(dict.fromkeys(column for row in rows for column in row))
     try:
         return Dataset.from_list([{c: row.get(c) for c in columns} for row in rows], on_mixed_types="use_json")
-    except (pa.ArrowException, UnicodeEncodeError, TypeError) as error:
-        raise InputError(f"{name} cannot be converted to a `Dataset`: {error}") from error
+    except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
+        raise InputError(f"{name} cannot be converted to a `Dataset`: {one_line(error)}") from error
 
 
 def check_columns(dataset: AnyDataset, name: str, reference_column: str) -> None:

@@ -118,7 +118,7 @@ def environment() -> dict[str, str]:
         **{name: installed.get(name, "not installed") for name in PACKAGES},
         "CPU": f"{_cpu()}, {os.cpu_count()} logical cores, {torch.backends.cpu.get_cpu_capability()}, "
         f"{torch.get_num_threads()} threads in torch",
-        **_accelerators(),
+        **accelerators(),
         "accelerate's default file": _accelerate_defaults(),
         **{name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
@@ -159,8 +159,8 @@ def _cpu() -> str:
     return models[0] if models else platform.processor() or platform.machine()
 
 
-def _accelerators() -> dict[str, str]:
-    """A row per device, or one row that says there is none."""
+def accelerators() -> dict[str, str]:
+    """Describes each device, memory included; one entry says so if there is none. Imports torch."""
     import torch
 
     if not torch.accelerator.is_available():

@@ -67,7 +67,7 @@ class _AsMessages:
     system_prompt: str | None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        prompt = row["prompt"]
+        prompt = row.get("prompt")  # of a stream, not every row may have one
         if isinstance(prompt, str):
             if prompt.startswith('[{"role":'):  # what the `datasets` library may make of messages far into a file
                 raise InputError(

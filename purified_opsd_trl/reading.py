@@ -2,7 +2,7 @@
 The part of the trainer that reads data: datasets checked before training, rows turned into prompts.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from datasets import IterableDataset
@@ -30,6 +30,7 @@ class ReadingTrainer(Trainer):
 
     def read_datasets(self) -> None:
         """Reads and checks every row of the datasets; those of a stream are checked as they arrive."""
+<<<<<<< HEAD
         args, context = self.args, context_length(self.model)
         if context is not None and args.max_completion_length >= context:
             raise InputError(
@@ -49,6 +50,11 @@ class ReadingTrainer(Trainer):
             max_reference_length=args.max_reference_length,
             max_prompt_length=None if context is None else context - args.max_completion_length,
             truncate=args.overlong_reference == "truncate",
+=======
+        args = self.args
+        self.reader = make_reader(
+            args, self.processing_class, self.build_contexts, self.model, self.chat_template, self.tools
+>>>>>>> main
         )
         # What these read of a row cannot be fingerprinted
         overridden = type(self).build_contexts is not ReadingTrainer.build_contexts or args.target == "contrastive"
@@ -129,6 +135,39 @@ class ReadingTrainer(Trainer):
             return self._tokenize_prompts(prompts)[0]
         finally:
             self.chat_template_kwargs = student_kwargs
+
+
+def make_reader(
+    args: PurifiedOPSDConfig,
+    processing_class: Any,
+    build_contexts: Callable[[Mapping[str, Any]], Contexts],
+    model: Any,
+    chat_template: str | None = None,
+    tools: list[Any] | None = None,
+) -> RowReader:
+    """
+    The reader of rows that `args` ask for.
+
+    Raises:
+        `InputError`: if the completion alone fills the model's context.
+    """
+    context = context_length(model)
+    if context is not None and args.max_completion_length >= context:
+        raise InputError(
+            f"`max_completion_length` ({args.max_completion_length} tokens) leaves no room for a prompt in the "
+            f"model's context of {context} tokens. Lower it."
+        )
+    own = args.teacher_chat_template_kwargs
+    kwargs: Any = (args.chat_template_kwargs if own is None else own) or {}
+    return RowReader(
+        processing_class,
+        build_contexts,
+        args.reference_column,
+        template_kwargs={"tools": tools or None, "chat_template": chat_template, **kwargs},
+        max_reference_length=args.max_reference_length,
+        max_prompt_length=None if context is None else context - args.max_completion_length,
+        truncate=args.overlong_reference == "truncate",
+    )
 
 
 def as_datasets(

@@ -20,13 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import prepare_multimodal_messages
 
 from . import contexts as contexts_module
 from .contexts import Contexts, Prompt, reference_text
-from .errors import InputError
+from .errors import InputError, one_line
 
 
 Row: TypeAlias = Mapping[str, Any]
@@ -65,7 +64,7 @@ def turn_tokens(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -
         frame = (
             tokenizer.apply_chat_template(turns, chat_template=chat_template, tokenize=False) if chat_template else ""
         )
-    except (TemplateError, TypeError, ValueError):  # e.g. a template that wants tools
+    except Exception:  # e.g. a template that wants tools; a template is a program and may raise anything
         frame = ""
     tags = {token for token in plain if re.sub("^</?", "</", token) in plain and re.sub("^</?", "<", token) in plain}
     return {token for token in special | {t for t in plain - tags if t in frame} if token.strip()}
@@ -215,6 +214,10 @@ class RowReader:
                 faults[i] = self._overlong(rows[i], contexts, tokens)
         return faults
 
+    def text(self, prompt: Prompt) -> str:
+        """A prompt as the model sees it, chat template included."""
+        return self._render(prompt)[0]
+
     def longest_base(self, rows: Sequence[Row], at_least: int = 0) -> int:
         """
         Tokens of the longest student's prompt, or `at_least` if none is longer; rows that cannot be used do not count.
@@ -302,10 +305,10 @@ class RowReader:
             text = self._processing_class.apply_chat_template(
                 prompt, add_generation_prompt=True, tokenize=False, **self._template_kwargs
             )
-        except (TemplateError, TypeError) as error:
+        except Exception as error:  # a template is a program and may raise anything
             raise InputError(
-                f"column `prompt`: the model's chat template refuses these messages ({error}). Many templates know no "
-                "system turn, or want user and assistant to alternate."
+                f"column `prompt`: the model's chat template refuses these messages ({one_line(error)}). Many "
+                "templates know no system turn, or want user and assistant to alternate."
             ) from error
         return str(text), False
 

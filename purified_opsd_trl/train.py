@@ -18,12 +18,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from accelerate.commands.launch import launch_command_parser
 from transformers.utils import cached_file, logging
 from trl import DatasetMixtureConfig, ModelConfig, get_peft_config, get_quantization_config
+from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
 from .arguments import CommandParser
-from .checkpoints import find_checkpoint, is_complete
+from .checkpoints import check_named_checkpoint, find_checkpoint
 from .config import PurifiedOPSDConfig
 from .errors import InputError, exit_status, one_line
 from .extras import require_extra
@@ -57,18 +59,12 @@ def check_checkpoint(training_args: PurifiedOPSDConfig) -> str | bool | None:
         return None
     if str(value).lower() == "true":
         return find_checkpoint(training_args.output_dir or "")
-    if not os.path.isdir(value):
-        raise InputError(f"`resume_from_checkpoint`: there is no folder {value}.")
-    if not is_complete(value):
-        raise InputError(
-            f"`resume_from_checkpoint`: {value} is incomplete or damaged. Name an earlier checkpoint, or set `true` "
-            "to take the newest complete one."
-        )
+    check_named_checkpoint(value)
     return value
 
 
-def _check_folders(name: str, revision: str | None, folder: str) -> None:
-    """Checks that the model is there and that the output directory can be written, before anything is loaded."""
+def check_model(name: str, revision: str | None) -> None:
+    """Raises an `InputError` if the model is not there; only its `config.json` is read."""
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not os.path.isdir(os.path.expanduser(name)):
         raise InputError(f"`model_name_or_path`: there is no folder {name} (looked in {os.getcwd()}).")
@@ -76,6 +72,10 @@ def _check_folders(name: str, revision: str | None, folder: str) -> None:
         cached_file(name, "config.json", revision=revision)
     except OSError as error:
         raise InputError(f"`model_name_or_path`: {name} cannot be loaded: {one_line(error)}") from error
+
+
+def _check_output_dir(folder: str) -> None:
+    """Checks that the output directory can be written, before anything is loaded."""
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
@@ -103,7 +103,8 @@ def keep_wandb_offline() -> None:
             )
 
 
-def _check_extras(training_args: PurifiedOPSDConfig, model_args: ModelConfig) -> None:
+def check_extras(training_args: PurifiedOPSDConfig, model_args: ModelConfig) -> None:
+    """Raises an `ImportError` if a setting needs an extra that is not installed."""
     if model_args.use_peft:
         require_extra("peft", "`use_peft`")
     if model_args.load_in_4bit or model_args.load_in_8bit:
@@ -147,8 +148,9 @@ def main(
     if name is None:
         raise InputError("No model is named. Set `model_name_or_path` to a folder or a hub id.")
     assert training_args.output_dir is not None  # the config sets it
-    _check_folders(name, model_args.model_revision, training_args.output_dir)
-    _check_extras(training_args, model_args)
+    check_model(name, model_args.model_revision)
+    _check_output_dir(training_args.output_dir)
+    check_extras(training_args, model_args)
     if "wandb" in (training_args.report_to or []):
         keep_wandb_offline()
     checkpoint = check_checkpoint(training_args)
@@ -179,6 +181,7 @@ def main(
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, ReportCallback):
             callback.dataset = script_args.dataset_name
+    trainer.dataset_name = script_args.dataset_name
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(training_args.output_dir)
     on_hub = script_args.dataset_name if not os.path.exists(script_args.dataset_name or "") else None
@@ -195,6 +198,39 @@ def make_parser(prog: str | None = None) -> CommandParser:
     launcher = {option for action in launch_command_parser()._actions for option in action.option_strings}
     names = {option.removeprefix("--").replace("-", "_") for option in launcher if option.startswith("--")}
     return CommandParser(types, prog=prog, renamed=RENAMED, other={*names, "accelerate_config"})
+
+
+def launch_arguments(from_recipe: list[str], from_command_line: list[str]) -> list[str]:
+    """
+    Arguments of `accelerate launch`: the command line takes precedence over the accelerate file, the file over the
+    recipe.
+
+    To the launcher every argument takes precedence over its file. A recipe's `num_processes: 1` is for those who name
+    no file, so what the file sets is left out of the recipe's arguments.
+
+    Args:
+        from_recipe (`list[str]`):
+            Launcher arguments of the recipe, `--key value` each.
+        from_command_line (`list[str]`):
+            Those of the command line.
+
+    Returns:
+        `list[str]`: with `--accelerate_config` resolved to a file.
+
+    Raises:
+        [`InputError`]: if `--accelerate_config` is neither a file nor the name of one of TRL's.
+    """
+    try:
+        arguments = resolve_accelerate_config_argument(from_recipe + from_command_line)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    if "--config_file" not in arguments:
+        return arguments
+    file = Path(arguments[arguments.index("--config_file") + 1])
+    in_file = yaml.safe_load(file.read_text(encoding="utf-8"))
+    pairs = zip(from_recipe[::2], from_recipe[1::2], strict=True)
+    kept = [word for key, value in pairs if key.removeprefix("--") not in in_file for word in (key, value)]
+    return resolve_accelerate_config_argument(kept + from_command_line)
 
 
 def run(argv: Sequence[str] | None = None) -> None:

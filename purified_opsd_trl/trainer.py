@@ -27,6 +27,7 @@ from .dataset import AnyDataset, check_columns
 from .errors import InputError
 from .extras import require_extra
 from .markers import MarkerCounter, TokenClassifier
+from .model_card import DescribingTrainer
 from .monitoring.console import console_callbacks
 from .monitoring.decomposition import DecompositionMonitor
 from .monitoring.epistemic import EpistemicMonitor
@@ -50,7 +51,13 @@ if TYPE_CHECKING:
 
 
 class PurifiedOPSDTrainer(
-    ReliableTrainer, ServedTrainer, ReadingTrainer, CheckedTrainer, AccumulatingTrainer, DistillationTrainer
+    ReliableTrainer,
+    ServedTrainer,
+    ReadingTrainer,
+    CheckedTrainer,
+    AccumulatingTrainer,
+    DescribingTrainer,
+    DistillationTrainer,
 ):
     """
     Trainer for purified on-policy self-distillation (arXiv 2607.02234).

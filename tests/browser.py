@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -151,3 +152,7 @@ def requests_made(text: str) -> list[str]:
         for key, value in node.attrib.items()
         if key in ("src", "href", "srcset", "action", "poster") and not value.startswith(("data:", "#"))
     ]
+
+
+if __name__ == "__main__":
+    screenshot(Path(sys.argv[1]), Path(sys.argv[2]))

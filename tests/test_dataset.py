@@ -127,6 +127,7 @@ def test_lists_and_torch_datasets_become_datasets() -> None:
         (["q"], "train_dataset, row 0: a row must map column names to values, got str"),
         (DatasetDict({"train": rows_of("r")}), "train_dataset holds several splits \\(train\\)"),
         ([{"prompt": "\ud800", "reference": "r"}], "train_dataset cannot be converted"),
+        ([{"prompt": "q", "reference": b"\xea"}, {"prompt": "q", "reference": 8}], "train_dataset cannot be conv"),
     ],
 )
 def test_other_kinds_of_data_are_one_line(data, message) -> None:

@@ -125,7 +125,7 @@ def _train(words: list[str]) -> None:
 
 def _purified_opsd(words: list[str]) -> None:
     command, *rest = words
-    if command == "train":
+    if command in ("train", "check"):
         _train(rest)
     elif command == "bench":
         module = importlib.import_module(f"purified_opsd_trl.bench.{rest[0]}")

@@ -71,6 +71,11 @@ def test_a_first_prompt_of_none_leaves_no_text_untemplated(tmp_path: Path, strea
     assert [row["prompt"] for row in load(path, streaming)] == [None, CHAT, CHAT]
 
 
+def test_a_later_row_without_a_prompt_has_none(tmp_path: Path, streaming: bool) -> None:
+    path = write(tmp_path / "data.jsonl", {"prompt": "q", "reference": "r"}, {"reference": "r"})
+    assert [row["prompt"] for row in load(path, streaming)] == [CHAT, None]
+
+
 def test_a_system_prompt_without_effect_on_a_stream_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "data.jsonl", {"prompt": "q", "reference": "r"}, {"prompt": CHAT, "reference": "r"})
     rows = iter(load(path, streaming=True, system_prompt="s"))

@@ -16,11 +16,10 @@ import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from trl.chat_template_utils import deepseek_r1_distill_chat_template, qwen3_chat_template
 
-from purified_opsd_trl.cli import launch_arguments
 from purified_opsd_trl.errors import InputError
 from purified_opsd_trl.evaluate.arguments import parse as parse_evaluate
 from purified_opsd_trl.evaluate.paper import paper_rows
-from purified_opsd_trl.train import main, make_parser
+from purified_opsd_trl.train import launch_arguments, main, make_parser
 from recipes import build_data
 from tests.conftest import build_tokenizer
 
@@ -45,6 +44,15 @@ MODELS: dict[str, tuple[str, float, str, tuple[str, dict[str, Any], str]]] = {
         ("qwen2", {"num_key_value_heads": 1}, "deepseek_r1_distill"),
     ),
     "Olmo-3-7B-Think": ("allenai/Olmo-3-7B-Think", 7.30e9, "H100", ("olmo3", OLMO3, "olmo3_think")),
+}
+# layers, hidden, intermediate, width of keys, width of attention, vocabulary, matrices of embedding and head
+SHAPES = {
+    "Qwen3-8B": (36, 4096, 12288, 1024, 4096, 151936, 2),
+    "Qwen3-4B": (36, 2560, 9728, 1024, 4096, 151936, 1),
+    "Qwen3-1.7B": (28, 2048, 6144, 1024, 2048, 151936, 1),
+    "Qwen3-0.6B": (28, 1024, 3072, 1024, 2048, 151936, 1),
+    "DeepSeek-R1-Distill-Qwen-7B": (28, 3584, 18944, 512, 3584, 152064, 2),
+    "Olmo-3-7B-Think": (32, 4096, 11008, 4096, 4096, 100278, 2),
 }
 GPUS = {"H100": (80, 989e12, 3.35e12), "RTX 4090": (24, 165e12, 1.01e12)}  # GB, bf16 FLOP/s, bytes/s
 
@@ -141,6 +149,20 @@ def expected_hours(parameters: float, flops: float, bandwidth: float) -> float:
     return 200 * (generation + compute) / 3600
 
 
+def expected_memory(path: Path) -> float:
+    """GB by the formulas of recipes/README.md: LoRA on one GPU, and the larger of scoring and student with loss."""
+    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    layers, hidden, intermediate, kv, attention, vocab, heads = SHAPES[names(path)[0]]
+    linear = [(hidden, attention), (hidden, kv), (hidden, kv), (attention, hidden)] + 3 * [(hidden, intermediate)]
+    weights = layers * sum(i * o for i, o in linear) + heads * hidden * vocab
+    adapter = layers * sum(settings["lora_r"] * (i + o) for i, o in linear)
+    scores = 2 * 2 * 32 * 1024 * hidden  # two states in bf16 per token
+    longest = 4 * (256 + 4096 + 1024)
+    scored = min(longest, settings["scoring_token_budget"]) * 2 * (2 * intermediate + 4 * hidden)
+    student = 1.5 * 2 * layers * 4 * (256 + 1024) * hidden + 512 * 2**20
+    return (2 * weights + 16 * adapter + scores + max(scored, student)) / 1e9
+
+
 @recipe
 def test_the_header_holds(path: Path) -> None:
     model, data = names(path)
@@ -155,6 +177,13 @@ def test_the_header_holds(path: Path) -> None:
     assert fields["Command"] == " ".join(command)
     hours = f"{expected_hours(parameters, flops, bandwidth):.1f} on one {gpu}"
     assert fields["Expected hours"] == f"{hours} (estimate, not measured; recipes/README.md has the formula)"
+    assert fields["Evaluation hours"].startswith(
+        "14 more for all of reproduce.sh, at 3,000 tokens per second (estimate"
+    )
+    share = yaml.safe_load(path.read_text(encoding="utf-8"))["vllm_gpu_memory_utilization"] * memory
+    needed = expected_memory(path)
+    assert fields["Peak memory"].startswith(f"{needed:.0f} GB of {memory}, beside {share:.0f} GB for vLLM (estimate")
+    assert needed + share < memory
 
     paper = paper_rows(hub_id, BENCHMARKS)
     shown = {

@@ -247,6 +247,31 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(trained: Path, tmp_pa
     assert last_complete_checkpoint(run) == (str(run / "checkpoint-1"), ["checkpoint-2"])
 
 
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        ("weights cut short", "model.safetensors is damaged"),
+        ("optimizer cut short", r"optimizer.pt has \d+ bytes instead of \d+"),
+        ("no scheduler", "scheduler.pt is missing"),
+        ("state is a number", "trainer_state.json is missing or damaged"),
+        ("run state cut short", "run_state.json is damaged"),
+        ("no averaged teacher", "ema_teacher.safetensors is missing"),
+    ],
+)
+def test_a_checkpoint_that_is_named_must_be_complete(
+    model_dir: Path, trained: Path, tmp_path: Path, damage: str, named: str
+) -> None:
+    checkpoint = copy(trained, tmp_path / "run") / "checkpoint-2"
+    DAMAGES[damage](checkpoint)
+    trainer = build_trainer(model_dir, tmp_path / "run", max_steps=3, teacher_model_kind="ema")
+    with pytest.raises(
+        InputError, match=f"`resume_from_checkpoint`: .*checkpoint-2 is incomplete or damaged: {named}"
+    ):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    with pytest.raises(InputError, match="there is no folder .*checkpoint-9"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-9"))
+
+
 def test_training_falls_back_with_one_line(
     model_dir: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -132,6 +132,12 @@ def test_a_turn_that_the_template_refuses_is_named(make_tokenizer, template) -> 
     assert "column `prompt`: the model's chat template refuses" in str(reason(make_tokenizer(template), chat))
 
 
+@pytest.mark.parametrize("fails", ["{{ 1 / 0 }}", "{{ undefined() }}", "{{ messages[0].content.encode('ascii') }}"])
+def test_a_template_that_fails_is_named(tokenizer, fails) -> None:
+    tokenizer.chat_template = fails
+    assert "column `prompt`: the model's chat template refuses" in str(reason(tokenizer, [user("é")]))
+
+
 def test_a_message_with_only_tool_calls_gets_empty_content(tokenizer) -> None:
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
     contexts = build({"prompt": [user("q"), call, {"role": "tool", "content": "4"}], "reference": "r"})

@@ -35,7 +35,8 @@ class Job:
         name (`str`): folder of its output.
         kind (`str`): `teacher_model_kind`.
         lora (`bool`): whether an adapter is trained.
-        data (`str`): `"even"`; or `"skewed"`, one epoch of 18 rows that are 40 times as long on the first process.
+        data (`str`): `"even"`, one epoch of 16 rows; `"epochs"`, three of them; or `"skewed"`, one epoch of 18 rows
+            that are 40 times as long on the first process.
         stages (`tuple`): what else to do: `"evaluate"`, `"save"` (and reload), `"sample"` (rollouts at random instead
             of greedily), `"checkpoints"` (after every second step), `"die_in_step"` and `"die_in_write"` (the process
             kills itself in its third step, or while it writes its second checkpoint), `"stop_in_step"` (it sends
@@ -86,8 +87,8 @@ def build(job: Job, model_dir: str, folder: Path, num_processes: int, deepspeed:
         "save_strategy": "steps" if "checkpoints" in job.stages else "no",
         "save_steps": 2,
         "logging_steps": 1,
-        "max_steps": -1 if skewed else 4,
-        "num_train_epochs": 1,
+        "max_steps": 4 if job.data == "even" else -1,
+        "num_train_epochs": 3 if job.data == "epochs" else 1,
         "shuffle_dataset": not skewed,
         "scoring_token_budget": 600 if skewed else None,  # not as many scoring batches on both processes
         "per_device_train_batch_size": GLOBAL_BATCH // num_processes,

@@ -24,6 +24,7 @@ DIAGONAL = {
     "fsdp2": (("ema", False), ("base", True)),
 }
 SHARDED = ("zero3", "fsdp2")
+MIDDLE = "checkpoint-6"  # of the second of three epochs of four steps
 
 
 def parity(kind: str, lora: bool) -> Job:
@@ -35,12 +36,12 @@ def skewed(kind: str, lora: bool) -> Job:
 
 
 def straight(kind: str, lora: bool) -> Job:
-    return Job(f"{job_name(kind, lora)}-straight", kind, lora, stages=("checkpoints", "sample"))
+    return Job(f"{job_name(kind, lora)}-straight", kind, lora, data="epochs", stages=("checkpoints", "sample"))
 
 
 def resumed(kind: str, lora: bool) -> Job:
-    name, checkpoint = job_name(kind, lora), f"{straight(kind, lora).name}/run/checkpoint-2"
-    return Job(f"{name}-resumed", kind, lora, stages=("checkpoints", "sample"), resume=checkpoint)
+    name, checkpoint = job_name(kind, lora), f"{straight(kind, lora).name}/run/{MIDDLE}"
+    return Job(f"{name}-resumed", kind, lora, data="epochs", stages=("checkpoints", "sample"), resume=checkpoint)
 
 
 def cases(marked: bool) -> list[Any]:
@@ -151,19 +152,38 @@ def test_a_head_that_is_the_embedding(make_model_dir: Callable[..., Path], tmp_p
 STATE = ("weights", "optimizer_state", "ema", "rng", "lr")
 
 
-def assert_same_state(world: World, one: str, two: str) -> None:
+def assert_same_state(world: World, one: str, two: str, steps: int = 4) -> None:
     """Bit for bit: as many processes, the same operations on the same shapes, and sums of two, in whatever order."""
     for before, after in zip(world.figures(one), world.figures(two), strict=True):
         for name in STATE:
             assert after[name] == before[name], name
-        assert before["weights"] and before["optimizer_state"] and after["steps"] == 4
+        assert before["weights"] and before["optimizer_state"] and after["steps"] == steps
         assert [e["loss"] for e in after["logs"]] == [e["loss"] for e in before["logs"]]
 
 
 @pytest.mark.parametrize(("backend", "cells"), [pytest.param(b, c, id=b) for b, c in DIAGONAL.items()])
-def test_resuming_is_exact(together: Together, backend: str, cells: Any) -> None:
+def test_resuming_in_the_middle_of_the_second_epoch_is_exact(together: Together, backend: str, cells: Any) -> None:
     world = world_of(together, backend, cells)
-    assert_same_state(world, straight(*cells[0]).name, resumed(*cells[0]).name)
+    assert_same_state(world, straight(*cells[0]).name, resumed(*cells[0]).name, steps=12)
+
+
+@pytest.mark.parametrize(
+    ("backend", "cells"),
+    [pytest.param(b, c, id=b, marks=[] if b == "ddp" else [pytest.mark.distributed]) for b, c in DIAGONAL.items()],
+)
+def test_another_number_of_processes_is_refused(
+    together: Together, model_dir: Path, tmp_path: Path, backend: str, cells: Any
+) -> None:
+    kind, lora = cells[0]
+    checkpoint = world_of(together, backend, cells).folder / straight(kind, lora).name / "run" / MIDDLE
+    job = Job("fewer", kind, lora, data="epochs", resume=str(checkpoint))
+    world = World(backend, [job], model_dir, tmp_path, num_processes=1).start()
+    try:
+        assert [process.wait(STARTUP + WATCHDOG) for process in world.processes] == [1]
+    finally:
+        world.kill()
+    errors = [line for line in world.logs(size=10**7).splitlines() if "Error" in line]
+    assert len(errors) == 1 and f"{checkpoint} was written with 2 processes, this run has 1" in errors[0], errors
 
 
 def kill_cases() -> list[Any]:

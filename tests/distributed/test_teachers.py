@@ -1,6 +1,7 @@
 """Every kind of teacher on one process: what it scores with, how it follows the student, what a checkpoint keeps."""
 
 import copy
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -159,7 +160,11 @@ def test_a_checkpoint_of_another_teacher_is_refused(build: Build) -> None:
         build(True, teacher_model_kind="ema").train(f"{base.args.output_dir}/checkpoint-2")
     ema = build(True, teacher_model_kind="ema", save_strategy="steps", save_steps=2, max_steps=2)
     ema.train()
-    save_file({"other": torch.zeros(1)}, Path(ema.args.output_dir) / "checkpoint-2" / "ema_teacher.safetensors")
+    checkpoint = Path(ema.args.output_dir) / "checkpoint-2"
+    save_file({"other": torch.zeros(1)}, checkpoint / "ema_teacher.safetensors")
+    state = json.loads((checkpoint / "run_state.json").read_text())
+    state["files"].pop("ema_teacher.safetensors")  # its size
+    (checkpoint / "run_state.json").write_text(json.dumps(state))
     with pytest.raises(InputError, match="holds other weights or shards"):
         build(True, teacher_model_kind="ema").train(f"{ema.args.output_dir}/checkpoint-2")
 

@@ -1,0 +1,414 @@
+"""
+What one optimizer step costs in time and memory, by arithmetic: without weights and without a GPU.
+
+docs/scaling.md has the error of the time on measured steps, recipes/README.md the formulas of the memory.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Model:
+    """
+    Dimensions of a decoder.
+
+    Attributes:
+        layers, hidden, heads, kv_heads, head_dim, intermediate, vocab (`int`):
+            As in its config.
+        tied (`bool`):
+            Whether the head is the embedding.
+    """
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    tied: bool = False
+
+    @classmethod
+    def of_config(cls, config: Any) -> "Model":
+        """Dimensions of a transformers config (`AutoConfig.from_pretrained`)."""
+        config = config.get_text_config()
+        heads = config.num_attention_heads
+        return cls(
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            heads=heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            intermediate=config.intermediate_size,
+            vocab=config.vocab_size,
+            tied=bool(config.tie_word_embeddings),
+        )
+
+    @property
+    def body(self) -> int:
+        """Weights of the linear layers; each costs 2 FLOPs per token and forward."""
+        attention = 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
+        return self.layers * (attention + 3 * self.hidden * self.intermediate)
+
+    @property
+    def head(self) -> int:
+        """Weights of the output head."""
+        return self.hidden * self.vocab
+
+    @property
+    def weights(self) -> int:
+        """All weights except those of norms."""
+        return self.body + self.head * (1 if self.tied else 2)
+
+    def adapter(self, rank: int) -> int:
+        """Weights of LoRA on all linear layers."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return (
+            self.layers
+            * rank
+            * (2 * (self.hidden + q) + 2 * (self.hidden + kv) + 3 * (self.hidden + self.intermediate))
+        )
+
+    @property
+    def kv_per_token(self) -> int:
+        """Numbers in the KV cache per token."""
+        return 2 * self.layers * self.kv_heads * self.head_dim
+
+    def forward(self, length: int) -> float:
+        """FLOPs of a forward of the body over one sequence; causal attention counts half its square."""
+        return 2.0 * self.body * length + 2.0 * self.layers * self.heads * self.head_dim * length**2
+
+
+@dataclass(frozen=True)
+class Step:
+    """
+    Sizes and settings of a step.
+
+    Attributes:
+        rows (`int`):
+            Global batch: completions per step.
+        question, reference, completion (`int`):
+            Tokens of each, templates included.
+        target (`str`):
+            `"purified"` (three scoring forwards) or `"teacher"` (one).
+        lora (`bool`):
+            Whether only an adapter is trained: no gradient of the base weights is formed.
+        checkpointing (`bool`):
+            Whether the backward recomputes the forward.
+        trainable_head (`bool`):
+            Whether the head has a gradient.
+        shared_prefix (`bool`):
+            Whether the reference comes first and is scored once for both contexts that hold it.
+        micro_batch (`int`):
+            Rows of a student forward on one GPU.
+        scoring_batch (`int`):
+            Sequences of a scoring forward on one GPU.
+        scoring_tokens (`int`):
+            `scoring_token_budget`; 0 is no limit.
+        vllm (`bool`):
+            Whether vLLM generates, with a key-value cache in memory of its own.
+        rank (`int`):
+            Rank of the adapter, on all linear layers. It is what a server is sent with `ahead`.
+    """
+
+    rows: int = 32
+    question: int = 256
+    reference: int = 2048
+    completion: int = 1024
+    target: str = "purified"
+    lora: bool = True
+    checkpointing: bool = True
+    trainable_head: bool = False
+    shared_prefix: bool = False
+    micro_batch: int = 4
+    scoring_batch: int = 4
+    scoring_tokens: int = 0
+    vllm: bool = False
+    rank: int = 64
+
+
+@dataclass(frozen=True)
+class Machine:
+    """
+    Rates and layout of the machine.
+
+    Attributes:
+        gpus (`int`):
+            Processes, each with one GPU.
+        flops (`float`):
+            Peak matrix-product rate of a GPU in FLOP/s.
+        utilization (`float`):
+            Share of `flops` that training and scoring reach.
+        bandwidth (`float`):
+            Memory bandwidth of a GPU in bytes/s, of which decoding reaches `decode_utilization`.
+        decode_utilization (`float`):
+            See `bandwidth`.
+        link (`float`):
+            Bytes/s at which a GPU receives shards of other GPUs.
+        bytes_per_weight (`int`):
+            2 in bf16, 4 in fp32.
+        overhead (`float`):
+            Fixed seconds per layer and forward (kernel launches).
+        sharded (`bool`):
+            ZeRO-3 or FSDP2: every forward and backward gathers the weights.
+        tensor_parallel (`int`):
+            GPUs that share one vLLM engine.
+        generation_gpus (`int`):
+            GPUs of vLLM servers. 0: vLLM shares the training GPUs.
+        ahead (`bool`):
+            Whether servers write the next batches while the training GPUs train, and are sent adapters
+            (`rollouts_ahead`).
+    """
+
+    gpus: int = 8
+    flops: float = 989e12
+    utilization: float = 0.4
+    bandwidth: float = 3.35e12
+    decode_utilization: float = 0.6
+    link: float = 400e9
+    bytes_per_weight: int = 2
+    overhead: float = 20e-6
+    sharded: bool = False
+    tensor_parallel: int = 1
+    generation_gpus: int = 0
+    ahead: bool = False
+
+
+@dataclass(frozen=True)
+class Cost:
+    """
+    One phase, for the busiest GPU.
+
+    Attributes:
+        name (`str`):
+            Phase.
+        tokens (`float`):
+            Tokens that pass through it on this GPU.
+        flops (`float`):
+            Floating-point operations on this GPU.
+        bytes (`float`):
+            Bytes read from memory (generation) or received from other GPUs (the rest).
+        seconds (`float`):
+            Time.
+    """
+
+    name: str
+    tokens: float
+    flops: float
+    bytes: float
+    seconds: float
+
+
+def simulate(model: Model, step: Step, machine: Machine) -> list[Cost]:
+    """
+    Costs of the phases of a step.
+
+    Args:
+        model ([`Model`]):
+            The student, which is its own teacher.
+        step ([`Step`]):
+            Its sizes and settings.
+        machine ([`Machine`]):
+            The machine.
+
+    Returns:
+        `list[Cost]`: generation, scoring, student, loss, weight or adapter sync.
+    """
+    rows = -(-step.rows // machine.gpus)  # of the busiest GPU
+    return [
+        _generation(model, step, machine, -(-step.rows // (machine.generation_gpus or machine.gpus))),
+        _scoring(model, step, machine, rows),
+        _student(model, step, machine, rows),
+        _loss(model, step, machine, rows),
+        _sync(model, step, machine),
+    ]
+
+
+def step_seconds(costs: Sequence[Cost], machine: Machine) -> float:
+    """Seconds of a step: the sum of its phases, or with `ahead` the longer of generation and all the rest."""
+    if machine.ahead:
+        return max(costs[0].seconds, sum(cost.seconds for cost in costs[1:]))
+    return sum(cost.seconds for cost in costs)
+
+
+def balance(model: Model, step: Step, machine: Machine, most: int = 64) -> int | None:
+    """
+    How many server GPUs keep the training GPUs busy.
+
+    Args:
+        model ([`Model`]):
+            The student.
+        step ([`Step`]):
+            Its sizes and settings.
+        machine ([`Machine`]):
+            The machine; its `generation_gpus` are not read.
+        most (`int`, *optional*, defaults to `64`):
+            Largest number that is tried.
+
+    Returns:
+        `int` or `None`: least number, a multiple of `tensor_parallel`, at which generation takes no longer than the
+        rest; `None` if none does, since a batch cannot be divided further.
+    """
+    for gpus in range(machine.tensor_parallel, most + 1, machine.tensor_parallel):
+        generation, *rest = simulate(model, step, replace(machine, generation_gpus=gpus, ahead=True))
+        if generation.seconds <= sum(cost.seconds for cost in rest):
+            return gpus
+    return None
+
+
+def _generation(model: Model, step: Step, machine: Machine, rows: int) -> Cost:
+    q, c = step.question, step.completion
+    # Each GPU of an engine holds a share of the weights, but its share of the cache is the same as without sharing
+    weights = (model.body + model.head) * machine.bytes_per_weight / machine.tensor_parallel
+    cache = rows * (q + c / 2) * model.kv_per_token * machine.bytes_per_weight  # read at the average position
+    decode_flops = rows * (model.forward(q + c) - model.forward(q) + 2.0 * model.head * c)
+    flops = rows * model.forward(q) + decode_flops
+    read = c * (weights + cache)
+    # A decoding step is bound by memory or by compute; launches add to it
+    decode = max(
+        read / (machine.bandwidth * machine.decode_utilization), decode_flops / (machine.flops * machine.utilization)
+    )
+    seconds = decode + c * model.layers * machine.overhead + _compute(rows * model.forward(q), machine)
+    return Cost("generation", rows * (q + c), flops, read, seconds)
+
+
+def _scoring(model: Model, step: Step, machine: Machine, rows: int) -> Cost:
+    q, r, c = step.question, step.reference, step.completion
+    lengths = [q + r + c] if step.target == "teacher" else [q + r + c, r + c, q + c]
+    flops, tokens = sum(map(model.forward, lengths)), sum(lengths)
+    if step.shared_prefix and step.target == "purified":
+        flops, tokens = flops - model.forward(r), tokens - r
+    forwards = -(-rows * len(lengths) // step.scoring_batch)
+    return _passes("scoring", model, machine, rows * tokens, rows * flops, forwards)
+
+
+def _student(model: Model, step: Step, machine: Machine, rows: int) -> Cost:
+    length = step.question + step.completion
+    # Backward: gradients of activations, and of weights unless the base is frozen; recomputation adds a forward
+    passes = 1 + (1 if step.lora else 2) + (1 if step.checkpointing else 0)
+    gathers = 2 + (1 if step.checkpointing else 0)
+    forwards = -(-rows // step.micro_batch) * gathers
+    cost = _passes("student", model, machine, rows * length, passes * rows * model.forward(length), forwards)
+    if step.lora or machine.gpus == 1:
+        return cost
+    reduced = 2.0 * model.weights * machine.bytes_per_weight  # gradients of all weights, summed over the GPUs
+    return replace(cost, bytes=cost.bytes + reduced, seconds=cost.seconds + reduced / machine.link)
+
+
+def _passes(name: str, model: Model, machine: Machine, tokens: float, flops: float, forwards: int) -> Cost:
+    gathered = 0.0
+    if machine.sharded and machine.gpus > 1:
+        gathered = forwards * model.weights * machine.bytes_per_weight * (machine.gpus - 1) / machine.gpus
+    seconds = _compute(flops, machine) + forwards * model.layers * machine.overhead
+    # Gathering overlaps with compute, so the longer of the two counts
+    return Cost(name, tokens, flops, gathered, max(seconds, gathered / machine.link))
+
+
+def _loss(model: Model, step: Step, machine: Machine, rows: int) -> Cost:
+    # Products with the head: the student's, the target's one (plain) or two (purified), one for the hidden states'
+    # gradient, and one more for the head's own
+    products = (4 if step.target == "purified" else 3) + (1 if step.trainable_head else 0)
+    tokens = rows * step.completion
+    flops = 2.0 * products * model.head * tokens
+    return Cost("loss", tokens, flops, 0.0, _compute(flops, machine))
+
+
+def _sync(model: Model, step: Step, machine: Machine) -> Cost:
+    if machine.ahead:  # the adapter goes over the network once
+        moved = float(model.adapter(step.rank) * machine.bytes_per_weight)
+        return Cost("adapter sync", 0, 0.0, moved, moved / machine.link)
+    moved = model.weights * machine.bytes_per_weight
+    # vLLM's copy is read and written once, after sharded weights are gathered
+    seconds = 2 * moved / machine.bandwidth + (moved / machine.link if machine.sharded and machine.gpus > 1 else 0.0)
+    return Cost("weight sync", 0, 0.0, moved, seconds)
+
+
+def _compute(flops: float, machine: Machine) -> float:
+    return flops / (machine.flops * machine.utilization)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """
+    What training keeps of the model in memory.
+
+    Attributes:
+        weights, trainable (`int`):
+            Number of weights, and of those that are trained: with LoRA the adapter's, which `weights` does not count.
+        weight_bytes (`float`):
+            Per weight: 2 in bf16, 4 in fp32, 0.5 in 4 bits.
+        stage (`int`):
+            ZeRO stage. 0 shards nothing, FSDP2 counts as 3.
+        deepspeed (`bool`):
+            Whether DeepSpeed keeps fp32 weights beside those in half precision.
+        frozen_copy, average (`bool`):
+            Whether a frozen copy exists, and an fp32 average of the trained weights.
+    """
+
+    weights: int
+    trainable: int
+    weight_bytes: float = 2.0
+    stage: int = 0
+    deepspeed: bool = False
+    frozen_copy: bool = False
+    average: bool = False
+
+
+def memory(model: Model, step: Step, machine: Machine, kept: Kept, loss_budget: int = 512) -> dict[str, float]:
+    """
+    Peak memory of one GPU in training with Adam, without vLLM's share.
+
+    Args:
+        model ([`Model`]):
+            The student.
+        step ([`Step`]):
+            Sizes and settings: the longest question and reference, not their means.
+        machine ([`Machine`]):
+            Number of GPUs, and bytes per activation as `bytes_per_weight`.
+        kept ([`Kept`]):
+            What is kept between phases, and how it is sharded.
+        loss_budget (`int`, *optional*, defaults to `512`):
+            `loss_memory_budget` in MiB.
+
+    Returns:
+        `dict[str, float]`: bytes by part; the largest phase is one of generation, scoring, and student with its loss.
+    """
+    share = [1 / machine.gpus if kept.stage >= least else 1.0 for least in (1, 2, 3)]
+    if step.lora:  # a frozen base, and an adapter in fp32
+        base, own, gradient, adam = kept.weight_bytes * kept.weights, 4.0, 4.0, 8.0
+    elif kept.deepspeed:  # fp32 weights and two moments beside the half-precision weights and gradients
+        base, own, gradient, adam = 0.0, 2.0, 2.0, 12.0
+    else:
+        base, own, gradient, adam = 0.0, kept.weight_bytes, kept.weight_bytes, 2 * kept.weight_bytes
+    copied = 2.0 if kept.deepspeed else kept.weight_bytes
+    size = machine.bytes_per_weight
+    gathered = (model.body / model.layers + 2 * model.head) * size if kept.stage == 3 and machine.gpus > 1 else 0.0
+    return {
+        "weights": (base + own * kept.trainable) * share[2],
+        "gradients": gradient * kept.trainable * share[1],
+        "optimizer": adam * kept.trainable * share[0],
+        "frozen copy": copied * kept.weights * share[2] if kept.frozen_copy else 0.0,
+        "moving average": 4.0 * kept.trainable * share[2] if kept.average else 0.0,
+        "gathered weights": gathered,
+        "largest phase": max(_phases(model, step, machine, loss_budget).values()),
+    }
+
+
+def _phases(model: Model, step: Step, machine: Machine, loss_budget: int) -> dict[str, float]:
+    """Bytes of the phases, of which one runs at a time."""
+    rows, size = -(-step.rows // machine.gpus), machine.bytes_per_weight
+    prompt, whole = step.question + step.completion, step.question + step.reference + step.completion
+    scored = step.scoring_batch * whole
+    if step.scoring_tokens:
+        scored = min(scored, max(step.scoring_tokens, whole))
+    scores = (2 if step.target == "purified" else 1) * rows * step.completion * model.hidden * size
+    layer = (2 * model.intermediate + 4 * model.hidden) * size  # bytes per token while a layer runs without gradient
+    # With checkpointing each layer keeps its input, and one layer is recomputed; without, about 17 values per unit
+    per_token = (1.5 if step.checkpointing else 17.0) * model.layers * model.hidden * size
+    return {
+        "generation": 0.0 if step.vllm else rows * prompt * model.kv_per_token * size,
+        "scoring": scored * layer + scores,
+        "student": min(step.micro_batch, rows) * prompt * per_token + scores + loss_budget * 2**20,
+    }
