@@ -5,11 +5,8 @@
 #   make test-numerics      the numbers once more: other instruction sets, 1 and 2 threads
 #   make test-distributed   every backend and teacher in real processes, DeepSpeed included (long)
 #   make test-faults     kills at random points, signals, full disks, ranks that die
-<<<<<<< HEAD
 #   make test-architectures every causal language model of transformers at toy size (long)
-=======
 #   make test-properties    2,400 random rows, files, prompt and chat templates; `make test` draws 200 of them
->>>>>>> main
 #   make test-vllm   rollouts of a real vLLM on the CPU, in an environment of its own (.venv-vllm)
 #   make gpu     everything that only a GPU can show, into outputs/gpu/REPORT.md; installs nothing: PYTHON (python3)
 #                must have a CUDA torch and this package's dependencies, see docs/gpu.md    ARGS="--parts loss step"
@@ -30,12 +27,8 @@ export PYTHON
 # With other work on the machine, a thread that spins while it waits starves the one it waits for.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-<<<<<<< HEAD
-.PHONY: help demo lab test test-numerics test-faults test-architectures test-distributed test-vllm gpu lint lint-workflows docs clean
-=======
-.PHONY: help demo lab test test-numerics test-faults test-properties test-distributed test-vllm gpu lint \
+.PHONY: help demo lab test test-numerics test-faults test-architectures test-properties test-distributed test-vllm gpu lint \
 	lint-workflows docs screenshots clean
->>>>>>> main
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -75,14 +68,12 @@ test-numerics: .venv/.dev-installed
 test-faults: .venv/.dev-installed
 	$(BIN)/python -m pytest -m faults $(ARGS)
 
-<<<<<<< HEAD
 test-architectures: .venv/.dev-installed
 	$(BIN)/python -m pytest tests/test_architectures.py -m architectures $(ARGS)
-=======
+
 test-properties: export HYPOTHESIS_PROFILE = nightly
 test-properties: .venv/.dev-installed
 	$(BIN)/python -m pytest tests/test_reliability_properties.py $(ARGS)
->>>>>>> main
 
 # DeepSpeed's extensions are for GPUs: none is built here
 .venv/.distributed-installed: .venv/.dev-installed

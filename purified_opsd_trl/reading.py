@@ -30,31 +30,15 @@ class ReadingTrainer(Trainer):
 
     def read_datasets(self) -> None:
         """Reads and checks every row of the datasets; those of a stream are checked as they arrive."""
-<<<<<<< HEAD
-        args, context = self.args, context_length(self.model)
-        if context is not None and args.max_completion_length >= context:
-            raise InputError(
-                f"`max_completion_length` ({args.max_completion_length} tokens) leaves no room for a prompt in the "
-                f"model's context of {context} tokens. Lower it."
-            )
-        kwargs = (
-            self.chat_template_kwargs
-            if args.teacher_chat_template_kwargs is None
-            else args.teacher_chat_template_kwargs
-        )
-        self.reader = RowReader(
-            self.processing_class,
-            self.build_contexts,
-            self._reference_column(),
-            template_kwargs={"tools": self.tools or None, "chat_template": self.chat_template, **kwargs},  # type: ignore[dict-item]
-            max_reference_length=args.max_reference_length,
-            max_prompt_length=None if context is None else context - args.max_completion_length,
-            truncate=args.overlong_reference == "truncate",
-=======
         args = self.args
         self.reader = make_reader(
-            args, self.processing_class, self.build_contexts, self.model, self.chat_template, self.tools
->>>>>>> main
+            args,
+            self.processing_class,
+            self.build_contexts,
+            self.model,
+            self.chat_template,
+            self.tools,
+            self._reference_column(),
         )
         # What these read of a row cannot be fingerprinted
         overridden = type(self).build_contexts is not ReadingTrainer.build_contexts or args.target == "contrastive"
@@ -144,9 +128,10 @@ def make_reader(
     model: Any,
     chat_template: str | None = None,
     tools: list[Any] | None = None,
+    reference_column: str | None = None,
 ) -> RowReader:
     """
-    The reader of rows that `args` ask for.
+    The reader of rows that `args` ask for; `reference_column` replaces theirs.
 
     Raises:
         `InputError`: if the completion alone fills the model's context.
@@ -162,7 +147,7 @@ def make_reader(
     return RowReader(
         processing_class,
         build_contexts,
-        args.reference_column,
+        reference_column or args.reference_column,
         template_kwargs={"tools": tools or None, "chat_template": chat_template, **kwargs},
         max_reference_length=args.max_reference_length,
         max_prompt_length=None if context is None else context - args.max_completion_length,
