@@ -119,8 +119,8 @@ screenshots: .venv/.dev-installed
 	test -f $(DEMO_OUTPUT)/report.html || $(MAKE) demo
 	$(BIN)/purified-opsd diagnose --model_name_or_path .cache/smollm2-135m-instruct --num_samples 4 \
 		--dataset_name .cache/gsm_symbolic/test.jsonl --max_completion_length 64 --output_dir outputs/smollm2-diagnosis
-	$(BIN)/python -m tests.browser $(DEMO_OUTPUT)/report.html docs/img/report.png
-	$(BIN)/python -m tests.browser outputs/smollm2-diagnosis/diagnosis.html docs/img/diagnosis-light.png
+	$(BIN)/python -m tests.browser $(DEMO_OUTPUT)/report.html docs/img/report.png 900
+	$(BIN)/python -m tests.browser outputs/smollm2-diagnosis/diagnosis.html docs/img/diagnosis-light.png 1300
 
 clean:
 	rm -rf docs/site docs/.cache .venv .venv-vllm .cache outputs build dist .mypy_cache .pytest_cache .ruff_cache

@@ -96,7 +96,7 @@ class _Check:
             for args in (self.args, student)
         )
         self.plan = Plan(self.args, self.model_args, self.layout, self.config, weights, trainable)
-        return f"{name}: {self.config.model_type}, {weights / 1e6:,.1f}M weights, {trainable / 1e6:,.1f}M trained"
+        return f"{name}: {self.config.model_type}, {weights:,} weights, {trainable:,} trained"
 
     def data(self) -> str:
         splits = load_splits(self.script, self.mixture)

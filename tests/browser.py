@@ -155,4 +155,4 @@ def requests_made(text: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    screenshot(Path(sys.argv[1]), Path(sys.argv[2]))
+    screenshot(Path(sys.argv[1]), Path(sys.argv[2]), height=int(sys.argv[3]))
