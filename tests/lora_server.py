@@ -55,6 +55,7 @@ class LoraServer:
         self.delay = 0.0  # seconds before an answer
         self.nonsense: Any = None  # answer in place of completions
         self.abort_after: int | None = None  # requests after which the server is gone
+        self.gone = False
         self._lock = threading.Lock()
         self._http = ThreadingHTTPServer(("127.0.0.1", port), self._handler())
         self._http.daemon_threads = True
@@ -77,6 +78,8 @@ class LoraServer:
                 self._answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
 
             def _answer(self, request: dict[str, Any]) -> None:
+                if server.gone:
+                    return
                 if server.key and self.path != "/health" and self.headers["Authorization"] != f"Bearer {server.key}":
                     status, body = 401, {"error": "Unauthorized"}
                 else:
@@ -144,6 +147,7 @@ class LoraServer:
             time.sleep(self.delay)
             self.written.append((name, len(prompts)))
             if self.abort_after is not None and len(self.written) > self.abort_after:
+                self.gone = True
                 threading.Thread(target=self.close).start()
                 return 0, None
             if self.nonsense is not None:

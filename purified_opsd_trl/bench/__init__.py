@@ -11,6 +11,7 @@ _BENCHMARKS = {
     "loss": "forward and backward of the loss",
     "scoring": "scoring with the reference first, its prefix run once",
     "step": "scoring, loss, backward and update of one step",
+    "pipeline": "training with rollouts ahead, against a running vLLM server",
     "gpu": "everything that only a GPU can show, in one report",
 }
 

@@ -109,9 +109,7 @@ class AdapterWindow:
         self.config = config
         self.versions: list[int] = []  # loaded
         self._unloaded: list[int] = []  # whose files are still there
-        for server in pool.living:
-            for left in [model["id"] for model in server.models() if model["id"].startswith(f"{run}-")]:
-                server.unload(left)
+        pool.unload_left(f"{run}-")
         for old in self.folder.glob(f"{run}-*"):
             shutil.rmtree(old, ignore_errors=True)
 

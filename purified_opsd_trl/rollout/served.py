@@ -205,8 +205,8 @@ class ServedTrainer(Trainer):
             assert window is not None
             for old in kept:
                 window.restore(old, Path(str(self._resumed_from)) / VERSIONS_FOLDER)
+            window.forget(before=version - self.args.rollouts_ahead)
             window.publish(version, weights)
-            window.forget(before=min([version - self.args.rollouts_ahead, *kept]))
 
         self._on_main(publish)
         self._published = version
@@ -239,14 +239,14 @@ class ServedTrainer(Trainer):
 
         def compare() -> None:
             assert self._pool is not None and self._window is not None
-            for server in self._pool.living:
-                theirs = server.first_token(prompt, self._window.name(version))
+            name = self._window.name(version)
+            for url, theirs in self._pool.each(lambda server: server.first_token(prompt, name)).items():
                 apart = sum(abs(float(own[token]) - value) for token, value in theirs.items()) / len(theirs)
                 if not apart < _TOLERANCE:
                     raise InputError(
-                        f"The vLLM server at {server.url} is not the model in training: of the {len(theirs)} tokens "
-                        f"that it finds likeliest the log-probabilities differ by {apart:.2f} nats on average. It "
-                        f"must serve {self.model.config._name_or_path}, of the same revision."
+                        f"The vLLM server at {url} is not the model in training: of the {len(theirs)} tokens that it "
+                        f"finds likeliest the log-probabilities differ by {apart:.2f} nats on average. It must serve "
+                        f"{self.model.config._name_or_path}, of the same revision."
                     )
 
         self._on_main(compare)

@@ -25,7 +25,7 @@ LOAD_SECONDS = 300.0  # for an adapter, which waits for the step that the engine
 RETRY_SECONDS = 1.0  # between two looks at servers that are down
 
 
-class ServerDown(Exception):
+class ServerDown(ConnectionError):
     """A server does not answer, or answers that it cannot go on."""
 
 
@@ -60,9 +60,9 @@ class VLLMServer:
                     timeout=(CONNECT_SECONDS, timeout),
                 )
         except requests.Timeout:
-            raise ServerDown(f"no answer within {timeout:g} s") from None
+            raise self._down(f"no answer within {timeout:g} s") from None
         except requests.exceptions.ConnectionError:
-            raise ServerDown("no connection") from None
+            raise self._down("no connection") from None
         except requests.RequestException as error:  # not a URL, and the like
             raise InputError(f"`vllm_server_base_url`: {self.url} cannot be called: {error}.") from None
         if response.status_code in (401, 403):
@@ -74,6 +74,9 @@ class VLLMServer:
             return response.status_code, response.json()
         except ValueError:
             return response.status_code, response.text
+
+    def _down(self, reason: str) -> ServerDown:
+        return ServerDown(f"The vLLM server at {self.url} is lost ({reason})")
 
     def healthy(self) -> bool:
         """Whether it answers."""
@@ -151,7 +154,7 @@ class VLLMServer:
         if status == 404 and "does not exist" in _reason(body):
             raise LookupError(adapter)
         if status >= 500:
-            raise ServerDown(f"status {status}: {_reason(body)}")
+            raise self._down(f"status {status}: {_reason(body)}")
         if status != 200:
             raise InputError(f"The vLLM server at {self.url} refuses a request: {_reason(body)}.")
         try:
@@ -160,7 +163,7 @@ class VLLMServer:
                 raise ValueError("it answered other prompts than it was sent")
             completions = [choice["token_ids"] for choice in choices]
             if any(choice["finish_reason"] == "abort" for choice in choices):
-                raise ServerDown("it aborted the request")
+                raise self._down("it aborted the request")
             if not all(ids and all(type(token) is int for token in ids) for ids in completions):
                 raise ValueError("a completion holds no token ids")
         except (KeyError, TypeError, ValueError) as error:
@@ -235,35 +238,46 @@ class ServerPool:
                     )
                 time.sleep(RETRY_SECONDS)
 
+    def each(self, function: Callable[[VLLMServer], T]) -> dict[str, T]:
+        """What a function returns for every living server, by its address; those that are down are lost."""
+        found = {}
+        with self._lock:
+            for server in self.living:
+                try:
+                    found[server.url] = function(server)
+                except ServerDown as error:
+                    self._lose(server, error)
+        return found
+
     def load(self, name: str, folder: Path) -> None:
         """Loads an adapter on every living server, and on those that answer again, which get all adapters."""
         with self._lock:
             self.adapters[name] = folder
-            for server in self.living:
-                try:
-                    server.load(name, folder)
-                except ServerDown as error:
-                    self._lose(server, str(error))
+            self.each(lambda server: server.load(name, folder))
             self._take_back()
 
     def unload(self, name: str) -> None:
         """Unloads an adapter everywhere."""
         with self._lock:
             self.adapters.pop(name, None)
-            for server in self.living:
-                try:
-                    server.unload(name)
-                except ServerDown as error:
-                    self._lose(server, str(error))
+            self.each(lambda server: server.unload(name))
 
-    def _lose(self, server: VLLMServer, reason: str) -> None:
+    def unload_left(self, prefix: str) -> None:
+        """Unloads adapters that an earlier process left behind, by the beginning of their names."""
+
+        def unload(server: VLLMServer) -> None:
+            for model in server.models():
+                if model["id"].startswith(prefix):
+                    server.unload(model["id"])
+
+        self.each(unload)
+
+    def _lose(self, server: VLLMServer, error: ServerDown) -> None:
         with self._lock:
             if server in self._living:
                 self._living.remove(server)
-                logger.warning(
-                    "The vLLM server at %s is lost (%s): its rows go to the other %d of %d servers.",
-                    *(server.url, reason, len(self._living), len(self.servers)),
-                )
+                left = f"{len(self._living)} of {len(self.servers)}"
+                logger.warning("%s: its rows go to the other servers (%s are left).", error, left)
 
     def _take_back(self) -> None:
         """Lost servers that answer again."""
@@ -309,7 +323,7 @@ class ServerPool:
                 try:
                     done |= zip(rows, answer.result(), strict=True)
                 except ServerDown as error:
-                    self._lose(server, str(error))
+                    self._lose(server, error)
         return [done[row] for row in range(len(prompts))]
 
     def _share(

@@ -43,6 +43,9 @@ class Job:
             itself SIGTERM in its third step), `"nan_in_step"` (the other processes score NaN in their third step).
         resume (`str` or `bool`, *optional*): checkpoint to resume from, below the folder of all jobs; `True` finds it.
         output (`str`, *optional*): name of the job whose folder is trained in.
+        server (`str`, *optional*): address of a server that writes the rollouts; the learning rate is then such that
+            each step changes what it writes.
+        ahead (`int`): `rollouts_ahead`.
     """
 
     name: str
@@ -52,6 +55,8 @@ class Job:
     stages: tuple[str, ...] = ()
     resume: str | bool | None = None
     output: str | None = None
+    server: str | None = None
+    ahead: int = 0
 
 
 def job_name(kind: str, lora: bool) -> str:
@@ -104,6 +109,10 @@ def build(job: Job, model_dir: str, folder: Path, num_processes: int, deepspeed:
     }
     if skewed:  # the long references share a prefix that takes a forward of its own, the short ones do not
         fields["teacher_prompt_template"] = REFERENCE_FIRST_TEACHER_PROMPT_TEMPLATE
+    if job.server:
+        fields |= {"use_vllm": True, "vllm_mode": "server", "vllm_adapter_sync": True, "rollouts_ahead": job.ahead}
+        fields |= {"vllm_server_base_url": job.server, "learning_rate": 2e-2}
+        fields |= {"generation_kwargs": {"temperature": 0.0}, "vllm_server_timeout": 5.0}
     lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "up_proj"], task_type="CAUSAL_LM")
     trainer = PurifiedOPSDTrainer(
         model=model_dir,
