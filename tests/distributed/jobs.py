@@ -42,6 +42,8 @@ class Job:
             itself SIGTERM in its third step), `"nan_in_step"` (the other processes score NaN in their third step).
         resume (`str` or `bool`, *optional*): checkpoint to resume from, below the folder of all jobs; `True` finds it.
         output (`str`, *optional*): name of the job whose folder is trained in.
+        parts (`int`, *optional*): micro-batches of a process per step, each packed, in parts of 80 tokens: two of the
+            long rows are two parts. One process pads and takes all rows of the step at once.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Job:
     stages: tuple[str, ...] = ()
     resume: str | bool | None = None
     output: str | None = None
+    parts: int | None = None
 
 
 def job_name(kind: str, lora: bool) -> str:
@@ -101,6 +104,12 @@ def build(job: Job, model_dir: str, folder: Path, num_processes: int, deepspeed:
         "teacher_model_kind": job.kind,
         "teacher_update_rate": 0.3,
     }
+    if job.parts is not None:
+        rows_of_step = GLOBAL_BATCH * job.parts
+        if num_processes == 1:
+            fields |= {"padding_free": False, "per_device_train_batch_size": rows_of_step}
+        else:
+            fields |= {"padding_free": True, "train_token_budget": 80, "gradient_accumulation_steps": job.parts}
     if skewed:  # the long references share a prefix that takes a forward of its own, the short ones do not
         fields["teacher_prompt_template"] = REFERENCE_FIRST_TEACHER_PROMPT_TEMPLATE
     lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "up_proj"], task_type="CAUSAL_LM")
