@@ -72,11 +72,12 @@ def world_of(together: Together, backend: str, cells: tuple[tuple[str, bool], ..
 
 def assert_same_losses(expected: dict[str, Any], figures: list[dict[str, Any]], steps: int = 4) -> None:
     assert expected["steps"] == figures[0]["steps"] == steps
+    own = ("entropy",) if steps == 4 else ()  # TRL's is a mean over micro-batches, not over tokens
     for one, two in zip(expected["logs"], figures[0]["logs"], strict=True):
         assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
         assert two["loss"] > 1e-4  # a loss of zero would agree with anything
         for name in one:
-            if name.startswith("purification/") or name in ("entropy", "num_tokens", "completions/mean_length"):
+            if name.startswith("purification/") or name in ("num_tokens", "completions/mean_length", *own):
                 assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-5), name
 
 
