@@ -36,11 +36,11 @@ class AccumulatingTrainer(DistillingTrainer):
 
     def set_up_loss(self) -> None:
         super().set_up_loss()
-        self._packing: dict[tuple[str, str], Packing | None] = {}  # by kind of model and attention
+        self._packing: dict[tuple[str, ...], Packing | None] = {}  # by setting, kind of model and attention
 
     def packing(self, wrapped: torch.nn.Module, model: Any) -> Packing | None:
         """When a model packs; `None` where it pads. It may run the model, so every process calls it at one point."""
-        key = model.config.model_type, str(model.config._attn_implementation)
+        key = self.args.padding_free, model.config.model_type, str(model.config._attn_implementation)
         if key not in self._packing:
             self._packing[key] = self._find_packing(wrapped, model)
         return self._packing[key]

@@ -75,7 +75,7 @@ def packed_hidden_states(model: Any, input_ids: torch.Tensor, positions: torch.T
 
 
 @torch.no_grad()
-def packing_is_exact(model: Any, device: torch.device) -> bool:
+def packing_is_exact(model: Any, device: torch.device) -> torch.Tensor:
     """
     Whether a packed row gives the states of its sequences: tried on two short ones.
 
@@ -90,7 +90,7 @@ def packing_is_exact(model: Any, device: torch.device) -> bool:
             Device of the ids.
 
     Returns:
-        `bool`
+        `torch.Tensor`: a scalar truth value; DeepSpeed's hooks want tensors of a forward.
     """
     count = 16
     ids = (torch.arange(2 * count, device=device) * 37 + 11) % model.config.get_text_config().vocab_size
@@ -98,7 +98,7 @@ def packing_is_exact(model: Any, device: torch.device) -> bool:
     packed = packed_hidden_states(model, ids[None], positions[None])[0, count:].float()
     alone = packed_hidden_states(model, ids[None, count:], positions[None, :count])[0].float()
     errors = (packed - alone).norm(dim=-1) / alone.norm(dim=-1)
-    return bool(errors.median() < 0.05)
+    return errors.median() < 0.05
 
 
 def position_ids(body: Any, attention_mask: torch.Tensor, count: int) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-configs=(recipes/*/purified_opsd/config_*.yaml)
+configs=(recipes/*/purified_opsd/config_{dasd,mathcot}.yaml)
 usage() {
     echo "usage: recipes/reproduce.sh <model> <data>, one of" >&2
     for config in "${configs[@]}"; do

@@ -176,6 +176,23 @@ def test_flops_of_a_step(tmp_path: Path, name: str) -> None:
     assert contender.flops == pytest.approx(counter.get_total_flops(), rel=0.1)
 
 
+def test_lengths_are_spread_alike_for_all(tmp_path: Path) -> None:
+    ragged = ["--lengths", "lognormal", "--completion_length", "64", "--per_device_train_batch_size", "16"]
+    args = measure.parse(bench_step.StepArguments, [*MODEL, *LENGTHS, *ragged])
+    lengths = args.completion_lengths()
+    assert lengths == args.completion_lengths() and len(set(lengths)) > 8
+    assert lengths[0] == max(lengths) == 64 and 4 <= min(lengths) < 16
+    bench = bench_step.Bench(args, CPU, tmp_path)
+    assert [len(one) for one in bench.completions] == lengths
+    ratios = {}
+    for name in ("ours purified", "ours padded"):
+        trainer = bench.ours({**bench_step.CONTENDERS, **bench_step.PADDED}[name])
+        trainer.train()
+        logged = trainer.state.log_history[-1]
+        ratios[name] = logged["training/padding_ratio"], logged["scoring/padding_ratio"]
+    assert all(packed < 0.8 * padded for packed, padded in zip(*ratios.values(), strict=True))
+
+
 def test_micro_batches_are_halved_until_they_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, sizes = bench_step.Bench.ours, []
 

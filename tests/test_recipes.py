@@ -25,7 +25,8 @@ from tests.conftest import build_tokenizer
 
 
 ROOT = Path(__file__).parent.parent
-RECIPES = sorted(ROOT.glob("recipes/*/purified_opsd/config_*.yaml"))
+LONG = sorted(ROOT.glob("recipes/*/purified_opsd/config_*_16k.yaml"))  # beyond the paper's 1,024 tokens
+RECIPES = sorted(set(ROOT.glob("recipes/*/purified_opsd/config_*.yaml")) - set(LONG))
 BENCHMARKS = ["aime24", "aime25", "hmmt25"]
 TITLES = {"dasd": "DASD-10K", "mathcot": "Math-CoT-20K"}
 
@@ -211,7 +212,27 @@ def test_the_header_holds(path: Path) -> None:
     assert 8 * training.per_device_train_batch_size * training.gradient_accumulation_steps == 32
 
 
-@recipe
+@pytest.mark.parametrize("path", LONG, ids=["-".join(names(path)) for path in LONG])
+def test_long_recipes_are_the_papers_but_for_the_length(path: Path) -> None:
+    model, _ = names(path)
+    short = {key: value for key, value in yaml.safe_load(path.with_name("config_dasd.yaml").read_text()).items()}
+    long = yaml.safe_load(path.read_text())
+    assert {key for key in long | short if long.get(key) != short.get(key)} == {
+        *("max_completion_length", "vllm_max_model_length", "vllm_enable_sleep_mode", "output_dir"),
+        *("padding_free", "train_token_budget", "offload_scores", "mask_truncated_completions"),
+    }
+    _, training, weights, _ = parse(["--config", str(path)])
+    assert weights.model_name_or_path == MODELS[model][0]
+    assert (training.max_completion_length, training.train_token_budget, training.padding_free) == (
+        16384,
+        32768,
+        "auto",
+    )
+    assert training.output_dir == f"outputs/{model}-purified-dasd-16k"
+    assert f"purified-opsd train --config {path.relative_to(ROOT)}" in path.read_text()
+
+
+@pytest.mark.parametrize("path", RECIPES + LONG, ids=["-".join(names(path)) for path in RECIPES + LONG])
 def test_one_step_on_a_tiny_model(path: Path, make_model_dir: Callable[..., Path], tmp_path: Path) -> None:
     model, _ = names(path)
     architecture, overrides, template = MODELS[model][3]

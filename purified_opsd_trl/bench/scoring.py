@@ -22,7 +22,8 @@ from .step import Bench, StepArguments
 
 
 _ENDING = 16  # tokens of the instruction that follows in both prompts
-_CONTENDERS = {"separate": False, "shared prefix": True}  # by `share_reference_prefix`
+# `share_reference_prefix` and `padding_free`; the last beside them where lengths differ
+_CONTENDERS = {"separate": (False, "auto"), "shared prefix": (True, "auto"), "padded": (False, "false")}
 
 
 @dataclass
@@ -62,29 +63,31 @@ class ScoringPass:
             "teacher": [r + q + e for r, q, e in rows],
             "reference_only": [r + e for r, _, e in rows],
         }
-        self.completions = ids(args.completion_length)
+        longest = ids(args.completion_length)
+        self.lengths = args.completion_lengths()
+        self.completions = [one[:length] for one, length in zip(longest, self.lengths, strict=True)]
 
     def flops(self, share: bool) -> float:
         """Operations of the layers' linear maps and of attention, by the sequences that are run."""
         args, rows = self.args, self.args.rows
-        base, *branches = (len(ids[0]) + args.completion_length for ids in self.prompts.values())
-        total = rows * args.forward_flops(base)
+        base, *branches = (len(ids[0]) for ids in self.prompts.values())
+        total = sum(args.forward_flops(base + own) for own in self.lengths)
+        both = [prompt + own for prompt in branches for own in self.lengths]
         if not share:
-            return total + rows * sum(args.forward_flops(length) for length in branches)
+            return total + sum(args.forward_flops(length) for length in both)
         batches = math.ceil(rows / max(1, rows // 2))  # a batch holds as many sequences as there are rows
         total += (batches if args.same_reference else rows) * args.forward_flops(self.reference)
-        after = [length - self.reference for length in branches]
-        return total + rows * sum(args.forward_flops(length, self.reference) for length in after)
+        return total + sum(args.forward_flops(length - self.reference, self.reference) for length in both)
 
-    def run(self, share: bool) -> Any:
+    def run(self, share: bool, padding_free: str = "auto") -> Any:
         """Scores everything by the trainer's own callback."""
-        self.trainer.args.share_reference_prefix = share
+        self.trainer.args.share_reference_prefix, self.trainer.args.padding_free = share, padding_free
         return self.trainer.scoring_callback.score(self.prompts, self.completions)
 
     def contender(self, name: str) -> Contender:
-        """One of the two ways to score."""
-        share = _CONTENDERS[name]
-        return Contender(name, lambda: self.run(share) and None, self.flops(share))
+        """One of the ways to score."""
+        share, padding_free = _CONTENDERS[name]
+        return Contender(name, lambda: self.run(share, padding_free) and None, self.flops(share))
 
 
 def make_trainer(args: ScoringArguments, device: torch.device, folder: Path) -> Any:
@@ -119,7 +122,8 @@ def run(argv: Sequence[str]) -> int:
         trainer = make_trainer(args, device, Path(folder))
         for reference in args.reference_lengths:
             scoring_pass = ScoringPass(trainer, args, reference)
-            contenders = [scoring_pass.contender(name) for name in measure.select(_CONTENDERS, args.contenders)]
+            names = [name for name in _CONTENDERS if name != "padded" or args.lengths != "equal"]
+            contenders = [scoring_pass.contender(name) for name in measure.select(names, args.contenders)]
             results[reference] = measure.alternate(contenders, args.repetitions, device)
     report = {
         "benchmark": "scoring",

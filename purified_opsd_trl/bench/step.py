@@ -10,6 +10,7 @@ proportion.
 from __future__ import annotations
 
 import gc
+import math
 import tempfile
 import time
 import warnings
@@ -32,6 +33,8 @@ from .measure import Contender, option
 
 _SPECIAL = ("<unk>", "<pad>", "<eos>")
 CONTENDERS = {"ours purified": "purified", "ours plain": "teacher", "TRL SDFT plain": "sdft"}
+PADDED = {"ours padded": "padded"}  # purified; beside them where lengths differ
+SPREAD = 16  # longest over shortest completion where lengths differ
 
 
 def _qwen3(layers: int, hidden: int, intermediate: int, heads: int) -> dict[str, Any]:
@@ -71,7 +74,8 @@ class StepArguments(measure.BenchArguments):
     gradient_checkpointing: bool = option(False, "Run the student's layers again in the backward pass.")
     prompt_length: int = option(64, "Tokens of a question.")
     reference_length: int = option(96, "Tokens of a reference.")
-    completion_length: int = option(128, "Tokens of a completion.")
+    completion_length: int = option(128, "Tokens of a completion; of the longest where they differ.")
+    lengths: Literal["equal", "lognormal"] = option("equal", "Lengths of the completions.")
     lora_r: int = option(16, "Rank of LoRA on all linear layers.")
     loss_memory_budget: int = option(512, "Scratch memory of our loss in MiB.")
     generation: bool = option(False, "Also time sampling the completions, once.")
@@ -81,6 +85,14 @@ class StepArguments(measure.BenchArguments):
         """Rows of a step."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
+    def completion_lengths(self) -> list[int]:
+        """Tokens of each row's completion: all the longest, or log-normal with the longest first, seeded."""
+        longest, generator = self.completion_length, torch.Generator().manual_seed(self.seed)
+        if self.lengths == "equal":
+            return [longest] * self.rows
+        drawn = torch.empty(self.rows).log_normal_(math.log(longest / 4), math.log(SPREAD) / 4, generator=generator)
+        return [longest, *drawn[1:].round().clamp(max(1, longest // SPREAD), longest).int().tolist()]
+
     def forward_flops(self, count: int, before: int = 0) -> float:
         """Multiply-adds, times two, of the layers for `count` tokens that follow `before` others."""
         width = self.num_attention_heads * self.head_dim
@@ -89,13 +101,15 @@ class StepArguments(measure.BenchArguments):
         return self.num_hidden_layers * (2.0 * weights * count + 4.0 * width * count * (before + count / 2))
 
     def step_flops(self, purified: bool) -> float:
-        """Model FLOPs of one step with LoRA: no recomputation, no adapters; the head is counted at completions."""
-        question, completion = self.prompt_length, self.completion_length
-        student = self.forward_flops(question + completion)
-        teacher = self.forward_flops(question + self.reference_length + completion)
-        frozen = teacher + purified * (student + self.forward_flops(self.reference_length + completion))
-        head = (4 if purified else 3) * 2.0 * completion * self.vocab_size * self.hidden_size
-        return self.rows * (2 * student + frozen + head)
+        """Model FLOPs of one step with LoRA: no recomputation, adapters or padding; the head only at completions."""
+        question, total = self.prompt_length, 0.0
+        for completion in self.completion_lengths():
+            student = self.forward_flops(question + completion)
+            teacher = self.forward_flops(question + self.reference_length + completion)
+            frozen = teacher + purified * (student + self.forward_flops(self.reference_length + completion))
+            head = (4 if purified else 3) * 2.0 * completion * self.vocab_size * self.hidden_size
+            total += 2 * student + frozen + head
+        return total
 
 
 class StepClock(TrainerCallback):
@@ -137,8 +151,10 @@ class Bench:
             prompt, reference = text(args.prompt_length), text(args.reference_length)
             rows.append({"prompt": prompt, "reference": reference, "privileged_context": reference})
         self.dataset = Dataset.from_list(rows)
-        shape = (args.rows, args.completion_length)
-        self.completions = torch.randint(len(_SPECIAL), args.vocab_size, shape, generator=generator).tolist()
+        self.completions = [
+            torch.randint(len(_SPECIAL), args.vocab_size, (length,), generator=generator).tolist()
+            for length in args.completion_lengths()
+        ]
 
     def model(self) -> PreTrainedModel:
         """A fresh Qwen3 with the same random weights each time, made on the device."""
@@ -190,10 +206,11 @@ class Bench:
         return made
 
     def ours(self, target: str) -> Any:
-        """Our trainer, purified or plain."""
+        """Our trainer, purified or plain, or purified and padded."""
         config = PurifiedOPSDConfig(
             **self.arguments(target),
-            target=target,  # type: ignore[arg-type]  # one of two, which the config checks
+            target="teacher" if target == "teacher" else "purified",
+            padding_free="false" if target == "padded" else "auto",
             teacher_prompt_template="{question} {reference}",
             reference_prompt_template="{reference}",
             loss_memory_budget=self.args.loss_memory_budget,
@@ -241,7 +258,7 @@ class Bench:
         return Contender(name, lambda: (_ for _ in ()).throw(torch.OutOfMemoryError()))
 
     def _contender(self, name: str) -> Contender:
-        clock, target = StepClock(self.device), CONTENDERS[name]
+        clock, target = StepClock(self.device), {**CONTENDERS, **PADDED}[name]
         trainer = self.sdft() if target == "sdft" else self.ours(target)
         trainer.add_callback(clock)
 
@@ -254,7 +271,7 @@ class Bench:
             return clock.last
 
         run()
-        return Contender(name, run, self.args.step_flops(target == "purified"))
+        return Contender(name, run, self.args.step_flops(target in ("purified", "padded")))
 
     def generation(self) -> dict[str, float]:
         """Time to sample the completions with transformers, in one batch, from the question; on both clocks."""
@@ -283,7 +300,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def table(results: dict[str, Contender], bench: Bench, clock: str, rate: float) -> measure.Table:
     """Time and its parts, speed, memory, ratios to TRL's trainer."""
     args, sdft, unit = bench.args, results.get("TRL SDFT plain"), "ms" if clock == "seconds" else "CPU ms"
-    tokens = args.rows * (args.prompt_length + args.completion_length)
+    tokens = args.rows * args.prompt_length + sum(args.completion_lengths())
     parts = ["scoring, ms", "student, ms", "loss, ms"]
     header = [f"step, {unit} [quartiles]", *parts, "student tokens/s", "MFU", "peak GiB", "/ SDFT", "FLOP / SDFT"]
 
@@ -307,7 +324,8 @@ def run(argv: Sequence[str]) -> int:
     require_extra("peft", "`bench step`")
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(args, device, Path(folder))
-        contenders = [bench.contender(name) for name in measure.select(CONTENDERS, args.contenders)]
+        names = CONTENDERS if args.lengths == "equal" else {**CONTENDERS, **PADDED}
+        contenders = [bench.contender(name) for name in measure.select(names, args.contenders)]
         results = measure.alternate(contenders, args.repetitions, device)
         generation = bench.generation() if args.generation else None
     rate = measure.matrix_rate(device, getattr(torch, args.dtype))

@@ -46,6 +46,8 @@ class Job:
         server (`str`, *optional*): address of a server that writes the rollouts; the learning rate is then such that
             each step changes what it writes.
         ahead (`int`): `rollouts_ahead`.
+        parts (`int`, *optional*): micro-batches of a process per step, each packed, in parts of 80 tokens: two of the
+            long rows are two parts. One process pads and takes all rows of the step at once.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Job:
     output: str | None = None
     server: str | None = None
     ahead: int = 0
+    parts: int | None = None
 
 
 def job_name(kind: str, lora: bool) -> str:
@@ -107,6 +110,12 @@ def build(job: Job, model_dir: str, folder: Path, num_processes: int, deepspeed:
         "teacher_model_kind": job.kind,
         "teacher_update_rate": 0.3,
     }
+    if job.parts is not None:
+        rows_of_step = GLOBAL_BATCH * job.parts
+        if num_processes == 1:
+            fields |= {"padding_free": False, "per_device_train_batch_size": rows_of_step}
+        else:
+            fields |= {"padding_free": True, "train_token_budget": 80, "gradient_accumulation_steps": job.parts}
     if skewed:  # the long references share a prefix that takes a forward of its own, the short ones do not
         fields["teacher_prompt_template"] = REFERENCE_FIRST_TEACHER_PROMPT_TEMPLATE
     if job.server:

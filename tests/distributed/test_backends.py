@@ -35,6 +35,11 @@ def skewed(kind: str, lora: bool) -> Job:
     return Job(f"{job_name(kind, lora)}-skewed", kind, lora, data="skewed")
 
 
+def in_parts(kind: str, lora: bool, micro_batches: int) -> Job:
+    name = f"{job_name(kind, lora)}-parts-{micro_batches}"
+    return Job(name, kind, lora, data="skewed", stages=("evaluate",), parts=micro_batches)
+
+
 def straight(kind: str, lora: bool) -> Job:
     return Job(f"{job_name(kind, lora)}-straight", kind, lora, data="epochs", stages=("checkpoints", "sample"))
 
@@ -62,16 +67,18 @@ Alone = Callable[[Job], dict[str, Any]]
 
 def world_of(together: Together, backend: str, cells: tuple[tuple[str, bool], ...]) -> World:
     jobs = [parity(*cell) for cell in cells] + [job(*cells[0]) for job in (skewed, straight, resumed)]
+    jobs += [in_parts(*cells[0], micro_batches) for micro_batches in (1, 2)]
     return together(backend, tuple(jobs))
 
 
-def assert_same_losses(expected: dict[str, Any], figures: list[dict[str, Any]]) -> None:
-    assert expected["steps"] == figures[0]["steps"] == 4
+def assert_same_losses(expected: dict[str, Any], figures: list[dict[str, Any]], steps: int = 4) -> None:
+    assert expected["steps"] == figures[0]["steps"] == steps
+    own = ("entropy",) if steps == 4 else ()  # TRL's is a mean over micro-batches, not over tokens
     for one, two in zip(expected["logs"], figures[0]["logs"], strict=True):
         assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
         assert two["loss"] > 1e-4  # a loss of zero would agree with anything
         for name in one:
-            if name.startswith("purification/") or name in ("entropy", "num_tokens", "completions/mean_length"):
+            if name.startswith("purification/") or name in ("num_tokens", "completions/mean_length", *own):
                 assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-5), name
 
 
@@ -131,6 +138,23 @@ def test_rows_of_very_different_length_neither_hang_nor_change_the_loss(
     # the second process scores a few short rows where the first scores long ones, and has one token where it has eight
     job = skewed(*cell)
     assert_same_losses(alone(job), world_of(together, backend, cells).figures(job.name))
+
+
+@every_cell
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_packed_parts_give_the_losses_and_gradients_of_padding(
+    together: Together, alone: Alone, backend: str, cells: Any, cell: tuple[str, bool], micro_batches: int
+) -> None:
+    if cell != cells[0]:
+        pytest.skip("one cell a backend")
+    # with one micro-batch the first process has two long rows, so two parts, where the second would have one
+    job = in_parts(*cell, micro_batches)
+    expected, figures = alone(job), world_of(together, backend, cells).figures(job.name)
+    assert_same_losses(expected, figures, steps=4 // micro_batches)
+    for one, two in zip(expected["logs"], figures[0]["logs"], strict=True):
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+        assert one["training/padding_ratio"] > two["training/padding_ratio"] == 1.0
+    assert figures[0]["eval"]["eval_loss"] == pytest.approx(expected["eval"]["eval_loss"], abs=1e-5)
 
 
 @pytest.mark.distributed
