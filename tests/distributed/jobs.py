@@ -35,8 +35,8 @@ class Job:
         name (`str`): folder of its output.
         kind (`str`): `teacher_model_kind`.
         lora (`bool`): whether an adapter is trained.
-        data (`str`): `"even"`, one epoch of 16 rows; `"epochs"`, three of them; or `"skewed"`, one epoch of 18 rows that
-            are 40 times as long on the first process.
+        data (`str`): `"even"`, one epoch of 16 rows; `"epochs"`, three of them; or `"skewed"`, one epoch of 18 rows
+            that are 40 times as long on the first process.
         stages (`tuple`): what else to do: `"evaluate"`, `"save"` (and reload), `"sample"` (rollouts at random instead
             of greedily), `"checkpoints"` (after every second step), `"die_in_step"` and `"die_in_write"` (the process
             kills itself in its third step, or while it writes its second checkpoint), `"stop_in_step"` (it sends
