@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import IterableDataset
 from safetensors import SafetensorError, safe_open
 from transformers import Trainer
@@ -23,7 +23,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .errors import InputError
+from .errors import InputError, one_line
 from .run_identity import RUN_STATE_NAME, RunFolder, checkpoint_folders, read_json, run_identity, write_json
 from .shutdown import GracefulStop
 
@@ -292,17 +292,41 @@ class ReliableTrainer(Trainer):
             self.stop_not_finite(f"the gradient norm is {float(norm)}")
         return norm
 
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super()._generate_single_turn(*args, **kwargs)  # type: ignore[misc]  # TRL's
+        except RuntimeError as error:  # torch cannot sample from NaN; on a GPU an assertion of the device says so
+            if not any(words in str(error) for words in ("probability tensor contains", "device-side assert")):
+                raise
+            reason = f"the student's probabilities are NaN or infinite in the rollout ({one_line(error)[:80]})"
+            raise FloatingPointError(self._stopped(self.state.global_step + 1, reason)) from error
+
     def stop_not_finite(self, what: str) -> None:
         """Raises the `FloatingPointError` that ends training before an update. Every process calls it."""
-        raise FloatingPointError(
-            f"Step {self.state.global_step + 1}: {what} (process {self.accelerator.process_index}). Training stops "
-            f"before the update; checkpoints in {self.args.output_dir} are kept. Check the model's dtype (fp16 "
-            "overflows easily: use bf16), the learning rate, a custom target, and whether the weights are finite."
+        said = gather_object([what]) if self.accelerator.num_processes > 1 else [what]
+        known = [text for text in said if "other processes" not in text]
+        raise FloatingPointError(self._stopped(self.state.global_step + 1, known[0] if known else what))
+
+    def _stopped(self, step: int, what: str, before: str = "the update") -> str:
+        return (
+            f"Step {step}: {what}. Training stops before {before}; checkpoints in {self.args.output_dir} are kept. "
+            "Check the learning rate, the model's dtype (fp16 overflows easily: use bf16), a custom target, and "
+            "whether the weights are finite."
         )
+
+    def _check_weights(self) -> None:
+        """Stops before weights are saved that a finite gradient, but a step too large, has made infinite."""
+        trained = (p for p in self.model.parameters() if p.requires_grad)
+        local = (getattr(p, "ds_tensor", p.to_local() if hasattr(p, "to_local") else p) for p in trained)
+        bad = torch.tensor([sum(not t.detach().isfinite().all() for t in local)], device=self.accelerator.device)
+        if self.accelerator.gather(bad).any():
+            reason = "the update made weights NaN or infinite"
+            raise FloatingPointError(self._stopped(self.state.global_step, reason, "they are saved"))
 
     # Saving and loading ----------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._check_weights()
         # A folder left by a killed run must not look complete while it is written anew, nor add files of its own
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:

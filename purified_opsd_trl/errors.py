@@ -1,10 +1,14 @@
 """Errors that a user can fix: their one type, and the one place where they become one line."""
 
+import json
 import os
 import sys
+import time
+from pathlib import Path
 
 
 DEBUG_VARIABLE = "PURIFIED_OPSD_DEBUG"  # set by `--debug`; the processes of a launched run inherit it
+LAUNCHED_VARIABLE = "PURIFIED_OPSD_LAUNCHED"  # set by the launcher for the processes whose errors it prints
 # Raised by libraries for what they were given or cannot reach, by the name of their package
 _THIRD_PARTY = ("huggingface_hub", "wandb", "requests", "httpx")
 
@@ -22,22 +26,28 @@ def exit_status(error: Exception) -> int:
     """
     Prints an error that a user can fix as one line; `--debug` keeps the traceback.
 
-    Such errors are [`InputError`], a missing dependency (`ImportError`), files and connections (`OSError`), and what
-    the hub's client and wandb raise. Every other error is a fault of the program and is raised again.
+    Such errors are [`InputError`], a missing dependency (`ImportError`), files and connections (`OSError`), what the
+    hub's client and wandb raise, and the `FloatingPointError` of an update that would not be finite. Every other error
+    is a fault of the program and is raised again. Of several processes that `purified-opsd train` launched, none
+    prints: the launcher prints the line of the one that failed first.
 
     Args:
         error (`Exception`):
             What a command raised.
 
     Returns:
-        `int`: 2, the exit status of the command.
+        `int`: exit status of the command: 2, or 1 for the `FloatingPointError`.
     """
-    expected = isinstance(error, InputError | ImportError | OSError)
+    expected = isinstance(error, InputError | ImportError | OSError | FloatingPointError)
     expected = expected or type(error).__module__.split(".")[0] in _THIRD_PARTY
     if not expected or os.environ.get(DEBUG_VARIABLE):
         raise error
-    print(f"error: {one_line(error)}", file=sys.stderr)
-    return 2
+    line, file = f"error: {one_line(error)}", os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file and LAUNCHED_VARIABLE in os.environ:
+        Path(file).write_text(json.dumps({"message": line, "timestamp": int(time.time())}), encoding="utf-8")
+    else:
+        print(line, file=sys.stderr)
+    return 1 if isinstance(error, FloatingPointError) else 2
 
 
 def one_line(error: Exception) -> str:

@@ -1,5 +1,6 @@
 """Signals: the training process saves and ends at the next step, the launcher forwards what it receives."""
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -16,6 +17,8 @@ import psutil
 import torch
 from accelerate import Accelerator
 from transformers import TrainerCallback
+
+from .errors import DEBUG_VARIABLE, LAUNCHED_VARIABLE
 
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -82,10 +85,15 @@ class GracefulStop(TrainerCallback):
 
 def _launch(arguments: list[str]) -> None:
     """In a process of its own: outside the terminal's process group, so that every signal arrives once."""
+    import torch.distributed.run  # noqa: F401  # its loggers take their level when they are imported
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     os.setsid()
+    if DEBUG_VARIABLE not in os.environ:  # one line says which process failed and why
+        os.environ[LAUNCHED_VARIABLE] = "1"
+        for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]:
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     for number in _SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
@@ -94,7 +102,13 @@ def _launch(arguments: list[str]) -> None:
     except subprocess.CalledProcessError as error:
         code = error.returncode
     except ChildFailedError as error:
-        code = error.get_first_failure()[1].exitcode
+        rank, failure = error.get_first_failure()
+        code = failure.exitcode
+        if code < 0:
+            name = signal.Signals(-code).name
+            print(f"error: training process {rank} was ended by {name}; the others were stopped.", file=sys.stderr)
+        elif failure.error_file_data["message"] == failure.message:  # else the process has printed a traceback
+            print(failure.message, file=sys.stderr)
     else:
         return
     sys.exit(code if code > 0 else 128 - code)

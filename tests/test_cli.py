@@ -1,5 +1,6 @@
 """The command line: fast and quiet starts, files of settings, errors of one line."""
 
+import json
 import logging
 import resource
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from purified_opsd_trl import InputError, cli
-from purified_opsd_trl.errors import DEBUG_VARIABLE, exit_status
+from purified_opsd_trl.errors import DEBUG_VARIABLE, LAUNCHED_VARIABLE, exit_status
 from purified_opsd_trl.extras import quiet_start
 from purified_opsd_trl.train import RENAMED, make_parser
 
@@ -142,6 +143,24 @@ def test_an_error_that_a_user_can_fix_is_one_line(
     monkeypatch.setenv(DEBUG_VARIABLE, "1")
     with pytest.raises(type(error)):
         exit_status(error)
+
+
+def test_an_update_that_is_not_finite_is_one_line_with_status_1(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_status(FloatingPointError("Step 3: the loss\nis NaN")) == 1
+    assert capsys.readouterr().err == "error: Step 3: the loss is NaN\n"
+
+
+def test_the_launcher_prints_for_the_processes_that_it_started(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    assert exit_status(InputError("a")) == 2
+    assert capsys.readouterr().err == "error: a\n"  # torchrun alone started it
+    monkeypatch.setenv(LAUNCHED_VARIABLE, "1")
+    assert exit_status(InputError("a")) == 2
+    assert capsys.readouterr().err == ""
+    data = json.loads((tmp_path / "error.json").read_text())
+    assert data["message"] == "error: a" and isinstance(data["timestamp"], int)
 
 
 def test_a_fault_of_the_program_keeps_its_traceback() -> None:

@@ -200,6 +200,25 @@ def test_training_stops_before_an_update_that_is_not_finite(model_dir: Path, tmp
         assert torch.equal(kept, present)  # the third step changed nothing
 
 
+def test_weights_that_an_update_made_infinite_are_not_saved(model_dir: Path, tmp_path: Path) -> None:
+    class Overflow(TrainerCallback):
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 2:  # the third step is too large, although its gradient is finite
+                next(trainer.model.parameters()).data[0] = math.inf
+
+    trainer = build_trainer(model_dir, tmp_path, save_total_limit=1)
+    trainer.add_callback(Overflow())
+    with pytest.raises(FloatingPointError, match="Step 3: the update made weights NaN or infinite.*are kept"):
+        trainer.train()
+    assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_a_rollout_of_weights_that_overflow_is_one_line(model_dir: Path, tmp_path: Path) -> None:
+    trainer = build_trainer(model_dir, tmp_path, learning_rate=1e30, save_strategy="no")
+    with pytest.raises(FloatingPointError, match="Step 2: the student's probabilities are NaN.*the learning rate"):
+        trainer.train()
+
+
 # Complete checkpoints ------------------------------------------------------------------------------------------------
 
 
@@ -264,9 +283,7 @@ def test_a_checkpoint_that_is_named_must_be_complete(
     checkpoint = copy(trained, tmp_path / "run") / "checkpoint-2"
     DAMAGES[damage](checkpoint)
     trainer = build_trainer(model_dir, tmp_path / "run", max_steps=3, teacher_model_kind="ema")
-    with pytest.raises(
-        InputError, match=f"`resume_from_checkpoint`: .*checkpoint-2 is incomplete or damaged: {named}"
-    ):
+    with pytest.raises(InputError, match=f"`resume_from_checkpoint`: .*-2 is incomplete or damaged: {named}"):
         trainer.train(resume_from_checkpoint=str(checkpoint))
     with pytest.raises(InputError, match="there is no folder .*checkpoint-9"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-9"))

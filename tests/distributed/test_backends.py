@@ -206,7 +206,7 @@ def test_another_number_of_processes_is_refused(
         assert [process.wait(STARTUP + WATCHDOG) for process in world.processes] == [1]
     finally:
         world.kill()
-    errors = [line for line in world.logs(size=10**7).splitlines() if "Error" in line]
+    errors = [line for line in world.logs(size=10**7).splitlines() if "Error: " in line]
     assert len(errors) == 1 and f"{checkpoint} was written with 2 processes, this run has 1" in errors[0], errors
 
 
@@ -271,6 +271,5 @@ def test_one_process_whose_loss_is_not_finite_stops_all(model_dir: Path, tmp_pat
     finally:
         world.kill()
     logs = world.logs(size=10**7)
-    assert "FloatingPointError: Step 3: the loss of rows of other processes is NaN" in logs
-    assert "FloatingPointError: Step 3: the loss of row 0 of the batch" in logs
+    assert logs.count("FloatingPointError: Step 3: the loss of row 0 of the batch") == 2  # the row of one of them
     assert [folder.name for folder in (tmp_path / "stopped" / "run").glob("checkpoint-*")] == ["checkpoint-2"]
