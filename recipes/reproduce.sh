@@ -15,7 +15,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-configs=(recipes/*/purified_opsd/config_*.yaml)
+configs=(recipes/*/purified_opsd/config_{dasd,mathcot}.yaml)
 usage() {
     echo "usage: recipes/reproduce.sh <model> <data>, one of" >&2
     for config in "${configs[@]}"; do
@@ -27,7 +27,7 @@ usage() {
 [ $# -eq 2 ] || usage
 model=$1 data=$2
 config=recipes/$model/purified_opsd/config_$data.yaml
-[ -f "$config" ] || usage
+[[ " ${configs[*]} " == *" $config "* ]] || usage
 if [ "$data" = mathcot ] && [ -z "${DATASET:-}" ]; then
     echo "error: set DATASET to a hub id or a folder, because the paper gives no hub id for Math-CoT-20K (recipes/README.md)" >&2
     exit 2
