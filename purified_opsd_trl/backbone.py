@@ -5,7 +5,7 @@ Shapes: `b` sequences, `L` padded length, `S` tokens of a packed row, `H` hidden
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,12 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 
 def last_hidden_states(
-    model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, count: int, apart: bool = False
+    model: Any,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    count: int,
+    apart: bool = False,
+    fields: Mapping[str, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """
     Runs the backbone and returns the states from which the last tokens are predicted.
@@ -31,16 +36,19 @@ def last_hidden_states(
             Number of columns.
         apart (`bool`, *optional*, defaults to `False`):
             Run every row by itself, without padding, as [`run_rows_apart`] makes the model do from then on.
+        fields (`Mapping[str, torch.Tensor]`, *optional*):
+            Images and types of the tokens (`multimodal.py`). Such a batch is run as it is, of one row where rows must
+            run apart.
 
     Returns:
         `torch.Tensor` of shape `[b, count, H]`: position `i` holds the state that predicts column `L - count + i`.
     """
     body = backbone(model)
-    if apart or runs_rows_apart(model):
+    if (apart or runs_rows_apart(model)) and not fields:
         rows = [_row_alone(body, *row) for row in zip(input_ids, attention_mask.bool(), strict=True)]
         return torch.stack(rows)[:, :-1][:, -count:]
     positions = position_ids(body, attention_mask, input_ids.shape[1])
-    outputs = body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
+    outputs = body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions, **(fields or {}))
     return outputs.last_hidden_state[:, :-1][:, -count:]
 
 
@@ -106,7 +114,8 @@ def position_ids(body: Any, attention_mask: torch.Tensor, count: int) -> dict[st
     Keyword argument `position_ids` `[b, count]` of the last columns: positions among the tokens, without the padding.
 
     Models with absolute positions (GPT-2 and others) number the columns otherwise, so that padding on the left would
-    change what they compute. Empty for a backbone that takes no such argument.
+    change what they compute. Empty for a backbone that takes no such argument, or that gives the tokens of an image
+    positions in three dimensions (Qwen-VL), which it computes itself.
 
     Args:
         body (`torch.nn.Module`):
@@ -119,7 +128,7 @@ def position_ids(body: Any, attention_mask: torch.Tensor, count: int) -> dict[st
     Returns:
         `dict[str, torch.Tensor]`
     """
-    if "position_ids" not in inspect.signature(body.forward).parameters:
+    if hasattr(body, "get_rope_index") or "position_ids" not in inspect.signature(body.forward).parameters:
         return {}
     return {"position_ids": (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -count:]}
 

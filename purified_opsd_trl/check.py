@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset, IterableDataset
 from huggingface_hub import file_exists
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import cached_file
 from trl import ModelConfig, get_peft_config
 
@@ -80,9 +80,12 @@ class _Check:
         _check_weights(name, revision)
         trust = {"trust_remote_code": self.args.trust_remote_code}
         self.config = AutoConfig.from_pretrained(name, revision=revision, **trust)
-        self.tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, **trust)
+        processor = AutoProcessor.from_pretrained(name, revision=revision, **trust)
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        sees = getattr(processor, "image_processor", None) is not None
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(self.config, **trust)
+            auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+            model = auto.from_config(self.config, **trust)
             weights = sum(p.numel() for p in model.parameters())
             if (lora := get_peft_config(self.model_args)) is not None:
                 from peft import get_peft_model
@@ -92,7 +95,7 @@ class _Check:
         student = copy.copy(self.args)
         student.teacher_chat_template_kwargs = None
         self.reader, self.student_reader = (
-            make_reader(args, self.tokenizer, self.build, SimpleNamespace(config=self.config))
+            make_reader(args, processor, self.build, SimpleNamespace(config=self.config))
             for args in (self.args, student)
         )
         self.plan = Plan(self.args, self.model_args, self.layout, self.config, weights, trainable)

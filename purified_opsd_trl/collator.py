@@ -8,10 +8,12 @@ Shapes: `B` rows of the generation batch, `C` longest completion, `H` hidden siz
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, takewhile
+from typing import Any
 
 import torch
 from trl.trainer.utils import pad
 
+from .multimodal import Fields, concatenate, layout
 from .packing import Packing, arrange, pad_groups
 
 
@@ -57,6 +59,8 @@ class ScoringBatch:
             Of a packed row: position of each token in its sequence.
         chunks (`int`):
             Forwards that a single sequence is spread over, each with the keys and values of those before.
+        fields (`dict[str, torch.Tensor]`):
+            Images of the sequences and types of their tokens (`multimodal.py`); empty without images.
     """
 
     contexts: tuple[str, ...]
@@ -70,6 +74,7 @@ class ScoringBatch:
     prefix_of: tuple[int, ...] = ()
     positions: torch.Tensor | None = None
     chunks: int = 1
+    fields: Fields = field(default_factory=dict)
 
     @property
     def forwards(self) -> int:
@@ -179,6 +184,7 @@ class PurificationCollator:
         agree: Callable[[int], int] | None = None,
         packing: Packing | None = None,
         chunk: bool = False,
+        fields: Mapping[str, list[Fields]] | None = None,
     ) -> list[ScoringBatch]:
         """
         Joins prompts and completions, sorts the sequences of all contexts by length, and packs or pads them.
@@ -200,6 +206,9 @@ class PurificationCollator:
                 When to pack. `None` pads.
             chunk (`bool`, *optional*, defaults to `False`):
                 Whether a sequence of more than `max_tokens` tokens is spread over several forwards.
+            fields (`Mapping[str, list[dict]]`, *optional*):
+                Images of every row, by context. Sequences share a batch where their fields can be concatenated.
+                Batches with images come first, the same number of them on every process that has any.
 
         Returns:
             `list[ScoringBatch]`.
@@ -209,16 +218,31 @@ class PurificationCollator:
             for context, prompts in prompt_ids.items()
             for row, prompt in enumerate(prompts)
         }
+        images = {(c, row): own for c, rows in (fields or {}).items() for row, own in enumerate(rows) if own}
+        with_images = self._image_groups(sequences, images)
+        text = {key: ids for key, ids in sequences.items() if key not in images}
         prefixes = shared_prefixes(prompt_ids) if share_prefixes else {}
         if chunk and self.max_tokens is not None:  # a pair that is too long for one forward is chunked, not shared
             for row in [row for row in prefixes if 2 * len(sequences["teacher", row]) > self.max_tokens]:
                 del prefixes[row]
-        groups = self._groups(sequences, prefixes, packing, chunk)
-        own = sum(group.forwards for group in groups)
-        missing = 0 if agree is None else agree(own) - own
-        if missing > 0:
-            groups = _with_more_forwards(groups, missing)
-        return [self._batch(group, sequences, completion_ids) for group in groups]
+        groups = self._groups(text, prefixes, packing, chunk)
+        if agree is not None:
+            if fields is not None:
+                with_images = _with_agreed_forwards(with_images, agree)
+            groups = _with_agreed_forwards(groups, agree)
+        return [self._batch(group, sequences, completion_ids, images) for group in [*with_images, *groups]]
+
+    def _image_groups(
+        self, sequences: dict[tuple[str, int], list[int]], images: dict[tuple[str, int], Fields]
+    ) -> list[_Group]:
+        layouts: dict[Any, list[tuple[str, int]]] = {}
+        for key, fields in images.items():
+            layouts.setdefault(layout(fields), []).append(key)
+        return [
+            _Group([keys[i] for i in indices])
+            for keys in layouts.values()
+            for indices in self.plan([len(sequences[key]) for key in keys])
+        ]
 
     def _groups(
         self,
@@ -247,7 +271,11 @@ class PurificationCollator:
         return [*groups, *(_Group([rest[i] for i in one.indices], packed=one.packed) for one in alone)]
 
     def _batch(
-        self, group: _Group, sequences: dict[tuple[str, int], list[int]], completion_ids: list[list[int]]
+        self,
+        group: _Group,
+        sequences: dict[tuple[str, int], list[int]],
+        completion_ids: list[list[int]],
+        images: dict[tuple[str, int], Fields],
     ) -> ScoringBatch:
         prefixes = group.prefixes or [()] * len(group.keys)
         ids = [sequences[key][len(prefix) :] for key, prefix in zip(group.keys, prefixes, strict=True)]
@@ -275,6 +303,7 @@ class PurificationCollator:
             prefix_of=tuple(distinct.index(prefix) for prefix in group.prefixes),
             positions=positions,
             chunks=group.chunks,
+            fields=concatenate([images[key] for key in group.keys if key in images], input_ids.shape[1]),
         )
 
     def _pad(self, sequences: Sequence[Sequence[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -315,6 +344,12 @@ def _state(hidden: Mapping[str, torch.Tensor], state: str, dtype: torch.dtype | 
     for row in range(len(delta)):  # row by row: the fp32 difference of the whole batch would double the memory
         delta[row] = teacher[row].float() - reference_only[row].float()
     return delta
+
+
+def _with_agreed_forwards(groups: list[_Group], agree: Callable[[int], int]) -> list[_Group]:
+    own = sum(group.forwards for group in groups)
+    missing = agree(own) - own
+    return _with_more_forwards(groups, missing) if missing > 0 and groups else groups
 
 
 def _with_more_forwards(groups: list[_Group], missing: int) -> list[_Group]:

@@ -25,7 +25,7 @@ REFERENCE_FIRST_TEACHER_PROMPT_TEMPLATE = (
     "Worked solution of this problem:\n{reference}\n\nThe problem:\n{question}\n\n" + _INSTRUCTION
 )
 
-_PLACEHOLDER = re.compile(r"\{(question|reference)\}")
+_PLACEHOLDER = re.compile(r"\{(question|reference|images)\}")
 
 
 # Ranges that the inherited annotations do not state
@@ -85,7 +85,8 @@ class PurifiedOPSDConfig(DistillationConfig):
             User turn of the privileged teacher. Must hold `{question}` and `{reference}`; any other brace is literal.
         reference_prompt_template (`str`, *optional*):
             User turn of the reference-only probe. Must hold `{reference}` and no `{question}`. The default is the
-            teacher's template without the question, so that the two contexts differ by the question alone.
+            teacher's template without the question, so that the two contexts differ by the question alone. `{images}`
+            stands for the question's images, which the probe does not see otherwise.
         teacher_chat_template_kwargs (`dict[str, Any]` or `str`, *optional*):
             Keyword arguments of the chat template for the teacher and the reference-only probe, e.g.
             `{"enable_thinking": false}`. `None` takes the student's `chat_template_kwargs`, so that thinking is on or
@@ -400,7 +401,8 @@ class PurifiedOPSDConfig(DistillationConfig):
         expected = {"teacher_prompt_template": {"question", "reference"}, "reference_prompt_template": {"reference"}}
         for name, placeholders in expected.items():
             found = set(_PLACEHOLDER.findall(getattr(self, name)))
-            if found != placeholders:
+            optional = {"images"} - placeholders if name == "reference_prompt_template" else set()
+            if found - optional != placeholders:
                 wanted = " and ".join(f"{{{p}}}" for p in sorted(placeholders))
                 got = " and ".join(f"{{{p}}}" for p in sorted(found)) or "none"
                 raise InputError(f"`{name}` must hold the placeholders {wanted} and no other, but it holds {got}.")

@@ -15,11 +15,14 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from .errors import InputError
+from .images import images_of, place_images, row_images
 
 
 Prompt: TypeAlias = str | list[dict[str, Any]]
 
-_PLACEHOLDER = re.compile(r"\{(question|reference)\}")
+Content: TypeAlias = str | list[dict[str, Any]]  # of a message: text, or parts where it holds images
+
+_PLACEHOLDER = re.compile(r"\{(question|reference|images)\}")
 
 
 @dataclass(frozen=True)
@@ -29,11 +32,12 @@ class Contexts:
 
     Attributes:
         base (`str` or `list[dict]`):
-            The prompt of the student and of the base, with contents as text. Holds no text of the reference.
+            The prompt of the student and of the base; contents are text, or parts where they hold images. Holds no
+            text of the reference.
         teacher (`str` or `list[dict]`):
             The privileged teacher's prompt: question and reference.
         reference_only (`str` or `list[dict]`):
-            The reference-only probe's prompt: the reference without the question.
+            The reference-only probe's prompt: the reference without the question and its images.
         wrong (`str` or `list[dict]`, *optional*):
             The teacher's prompt with a wrong reference.
     """
@@ -60,7 +64,35 @@ def fill_template(template: str, **values: str) -> str:
     Returns:
         `str`: the filled template.
     """
-    return _PLACEHOLDER.sub(lambda match: values[match.group(1)], template)
+    return _PLACEHOLDER.sub(lambda match: values.get(match.group(1), match.group()), template)
+
+
+def fill_parts(template: str, **values: Content) -> Content:
+    """Fills a template with texts or lists of parts: text if nothing but text comes in, otherwise a list of parts."""
+    pieces = _PLACEHOLDER.split(template)  # text, placeholder, text, ...
+    filled = [values.get(piece, f"{{{piece}}}") if i % 2 else piece for i, piece in enumerate(pieces)]
+    parts: list[dict[str, Any]] = []
+    for value in filled:
+        for part in [{"type": "text", "text": value}] if isinstance(value, str) else value:
+            if part["type"] == "text" and parts and parts[-1]["type"] == "text":
+                parts[-1] = {"type": "text", "text": parts[-1]["text"] + part["text"]}
+            else:
+                parts.append(part)
+    parts = [part for part in parts if part.get("text") != ""]
+    return "".join(p["text"] for p in parts) if all(p["type"] == "text" for p in parts) else parts
+
+
+def content_parts(content: Any, column: str) -> Content:
+    """A message's content as text; as parts of type text and image, without empty keys, if it holds images."""
+    is_list = isinstance(content, Sequence) and all(isinstance(part, Mapping) for part in content)
+    if not is_list or not any(part.get("type") == "image" for part in content):
+        return content_text(content, column)
+    return [
+        {k: v for k, v in part.items() if v is not None}
+        if part.get("type") == "image"
+        else {"type": "text", "text": content_text([part], column)}
+        for part in content
+    ]
 
 
 def content_text(content: Any, column: str) -> str:
@@ -77,7 +109,7 @@ def content_text(content: Any, column: str) -> str:
         `str`: the text; parts are joined without a separator.
 
     Raises:
-        `InputError`: for parts that are not text (images are not supported), or another type.
+        `InputError`: for parts that are not text, or another type.
     """
     if isinstance(content, str):
         return content
@@ -87,8 +119,8 @@ def content_text(content: Any, column: str) -> str:
         others = {str(part.get("type")) for part in content} - {"text"}
         if others:
             raise InputError(
-                f"column `{column}`: only text can be distilled, but a message holds parts of type "
-                f"{', '.join(sorted(others))}. Remove these rows or parts."
+                f"column `{column}`: only text{' and images' if column == 'prompt' else ''} can be distilled, but a "
+                f"message holds parts of type {', '.join(sorted(others))}. Remove these rows or parts."
             )
         if all(isinstance(part.get("text"), str) for part in content):
             return "".join(part["text"] for part in content)
@@ -151,6 +183,9 @@ def build_contexts(
     of text parts become text, since chat templates of text models render such lists differently, or not at all. Text
     prompts become the filled templates.
 
+    Images belong to the question: base and teacher see them, in the teacher's turn where `{question}` stands. The
+    reference-only prompt holds none, unless its template has the placeholder `{images}`.
+
     Args:
         row (`Mapping[str, Any]`):
             Dataset row with `"prompt"` and `reference_column`.
@@ -192,30 +227,36 @@ def build_contexts(
     if without_reference:
         reference = ""
     prompt = row.get("prompt")
-    reference_prompt = fill_template(reference_prompt_template, reference=reference)
+    images = row_images(row)
     if isinstance(prompt, str):
+        if images:
+            raise InputError("column `prompt`: a prompt with images must be a list of messages, not text.")
         if not prompt.strip():
             raise InputError("column `prompt`: the prompt is empty.")
         return Contexts(
             base=prompt,
             teacher=fill_template(teacher_prompt_template, question=prompt, reference=reference),
-            reference_only=reference_prompt,
+            reference_only=fill_template(reference_prompt_template, reference=reference, images=""),
         )
-    messages = _checked_messages(prompt)
+    messages = place_images(_checked_messages(prompt), images)
     last_user = max(i for i, message in enumerate(messages) if message["role"] == "user")
-    question = content_text(messages[last_user]["content"], "prompt")
-    if not question.strip():
+    question = messages[last_user]["content"] or ""
+    if isinstance(question, str) and not question.strip():
         raise InputError("column `prompt`: the last user turn is empty.")
+    seen = [{"type": "image", "image": image} for image in images_of(messages)]
     teacher = list(messages)
     teacher[last_user] = {
         "role": "user",
-        "content": fill_template(teacher_prompt_template, question=question, reference=reference),
+        "content": fill_parts(teacher_prompt_template, question=question, reference=reference),
     }
     system = [message for message in messages if message["role"] in ("system", "developer")]
     return Contexts(
         base=messages,
         teacher=teacher,
-        reference_only=[*system, {"role": "user", "content": reference_prompt}],
+        reference_only=[
+            *system,
+            {"role": "user", "content": fill_parts(reference_prompt_template, reference=reference, images=seen)},
+        ],
     )
 
 
@@ -235,7 +276,7 @@ def _checked_messages(prompt: Any) -> list[dict[str, Any]]:
         # None beside tool calls stays None, and must be there
         content = message.setdefault("content", None)
         if content is not None:
-            message["content"] = content_text(content, "prompt")
+            message["content"] = content_parts(content, "prompt")
     roles = [message["role"] for message in messages]
     if "user" not in roles:
         raise InputError(f"column `prompt`: the prompt has no user turn (roles: {', '.join(roles) or 'none'}).")

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from .errors import InputError, one_line
+from .images import IMAGE_COLUMNS, undecoded
 from .rows import Fault, Row, RowReader
 
 
@@ -88,8 +89,7 @@ def check_columns(dataset: AnyDataset, name: str, reference_column: str) -> None
             Name of the column that holds the worked solution.
 
     Raises:
-        `InputError`: if a column is missing (the message lists those there are), the dataset is empty, or it holds
-            images.
+        `InputError`: if a column is missing (the message lists those there are), or the dataset is empty.
     """
     columns = dataset.column_names
     if columns is None:
@@ -103,13 +103,11 @@ def check_columns(dataset: AnyDataset, name: str, reference_column: str) -> None
                 f"{name} has no column `{column}`; its columns are {listed}. Rename the column, or name yours with "
                 f"`{key}`."
             )
-    images = {"image", "images"}.intersection(columns)
-    if images:
-        raise InputError(f"{name}: images (column `{images.pop()}`) are not supported; only text can be distilled.")
 
 
 def row_blocks(dataset: Dataset) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """Reads a dataset block by block: number of a block's first row, and its rows."""
+    """Reads a dataset block by block: number of a block's first row, and its rows; images stay as they are stored."""
+    dataset = undecoded(dataset)
     for start in range(0, len(dataset), _READ_ROWS):
         columns = dataset[start : start + _READ_ROWS]
         yield start, [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
@@ -305,7 +303,8 @@ class LeftOutRows:
 
     def add(self, name: str, index: int, row: Row, reason: str) -> None:
         """Appends a row unless the file has it."""
-        line = json.dumps({"dataset": name, "row": index, "reason": reason, "data": dict(row)}, default=str)
+        data = {column: value for column, value in row.items() if column not in IMAGE_COLUMNS}
+        line = json.dumps({"dataset": name, "row": index, "reason": reason, "data": data}, default=str)
         if self._known is None:
             lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
             self._known = {_digest(known) for known in lines}

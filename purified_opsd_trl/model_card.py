@@ -19,6 +19,7 @@ class DescribingTrainer(Trainer):
     args: PurifiedOPSDConfig
     model: Any
     target_name: str  # of the target
+    _is_vlm: bool  # TRL's
     dataset_name: str | None = None  # a file, folder or hub id, where the training script knows it
 
     def create_model_card(  # type: ignore[override]  # TRL's signature, not that of transformers
@@ -61,14 +62,16 @@ class DescribingTrainer(Trainer):
     def _loading(self) -> str:
         """Code that loads and serves the result."""
         place, base = str(self.args.hub_model_id or self.args.output_dir), get_config_model_id(self.model.config)
-        kind, served = "AutoModelForCausalLM", f"vllm serve {place}"
+        vision = "AutoModelForImageTextToText"
+        kind, served = vision if self._is_vlm else "AutoModelForCausalLM", f"vllm serve {place}"
         library, merge = "transformers", ""
         if is_peft_model(self.model):
             rank = max(config.r for config in self.model.peft_config.values() if hasattr(config, "r"))
             kind, library = "AutoPeftModelForCausalLM", "peft"
             merge = 'model.merge_and_unload().save_pretrained("merged")  # without PEFT from here on\n'
             served = f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules trained={place}"
-        return (
-            f"## Load it\n\n```python\nfrom {library} import {kind}\n\n"
-            f'model = {kind}.from_pretrained("{place}", dtype="auto")\n{merge}```\n\n```bash\n{served}\n```'
-        )
+        imported, loaded = f"from {library} import {kind}", f'{kind}.from_pretrained("{place}", dtype="auto")'
+        if self._is_vlm and library == "peft":
+            imported = f"from peft import PeftModel\nfrom transformers import {vision}"
+            loaded = f'PeftModel.from_pretrained({vision}.from_pretrained("{base}", dtype="auto"), "{place}")'
+        return f"## Load it\n\n```python\n{imported}\n\nmodel = {loaded}\n{merge}```\n\n```bash\n{served}\n```"

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch.nn.functional import pad
+from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
 from .backbone import last_hidden_states, packed_hidden_states
+from .multimodal import TOKEN_TYPES, batch_fields
 from .packing import Forward
 
 
@@ -64,12 +66,19 @@ def take_part(inputs: Mapping[str, Any], forward: Forward, counts: bool = True) 
     size = len(inputs["prompt_mask"])
     part = Part(inputs, rows, forward.packed)
     if rows != tuple(range(size)):
-        for name, value in inputs.items():
+        by_row = split_pixel_values_by_grid(dict(inputs))  # images become lists, one element per row
+        for name, value in by_row.items():
             if isinstance(value, torch.Tensor) and value.dim() and len(value) == size:
                 part[name] = value[torch.tensor(rows, device=value.device)]
+            elif isinstance(value, list) and len(value) == size:
+                part[name] = [value[row] for row in rows]
+        part = Part(unsplit_pixel_values_by_grid(part), rows, forward.packed)
         prompt, completion = (int(part[f"{name}_mask"].sum(dim=1).max()) for name in ("prompt", "completion"))
+        before = inputs["prompt_ids"].shape[1]
         for name, value in part.items():
-            if name in ("prompt_ids", "prompt_mask"):
+            if name in TOKEN_TYPES:
+                part[name] = value[:, before - prompt : before + completion]
+            elif name in ("prompt_ids", "prompt_mask"):
                 part[name] = value[:, value.shape[1] - prompt :]
             elif name in ("completion_ids", "completion_mask", "tool_mask") or name.endswith("_hidden"):
                 part[name] = value[:, :completion]
@@ -135,6 +144,9 @@ def student_states(
         order = mask.int().argsort(dim=1, stable=True)[:, -longest:]  # the padding first
         left = (-longest % multiple, 0)
         ids, mask, wanted = (pad(tensor.gather(1, order), left) for tensor in (ids, mask, wanted))
+        fields = batch_fields(inputs)
+        for name in TOKEN_TYPES & fields.keys():
+            fields[name] = pad(fields[name].gather(1, order), left)
         apart = alone_beyond is not None and longest > alone_beyond
-        hidden = last_hidden_states(model, ids, mask.to(inputs["prompt_mask"].dtype), ids.shape[1] - 1, apart)
+        hidden = last_hidden_states(model, ids, mask.to(inputs["prompt_mask"].dtype), ids.shape[1] - 1, apart, fields)
     return hidden[wanted[:, 1:].to(hidden.device)], ids.numel()

@@ -14,6 +14,7 @@ from .config import PurifiedOPSDConfig
 from .contexts import Contexts, Prompt, build_contexts
 from .dataset import AnyDataset, DatasetCheck, FirstStepGuard, as_dataset, check_columns
 from .errors import InputError
+from .images import IMAGE_COLUMNS, check_reads_images
 from .references import OTHER_REFERENCE, with_other_references
 from .rows import RowReader
 
@@ -31,6 +32,9 @@ class ReadingTrainer(Trainer):
     def read_datasets(self) -> None:
         """Reads and checks every row of the datasets; those of a stream are checked as they arrive."""
         args = self.args
+        for name, dataset in named_datasets(self.train_dataset, self.eval_dataset):
+            column = next((column for column in dataset.column_names or () if column in IMAGE_COLUMNS), None)
+            check_reads_images(self.processing_class, column, f"{name}: ")
         self.reader = make_reader(
             args,
             self.processing_class,
@@ -110,8 +114,14 @@ class ReadingTrainer(Trainer):
         """Column of the reference that teacher and probe see."""
         return OTHER_REFERENCE if self.args.reference_source == "other" else self.args.reference_column
 
+    def template_kwargs(self, student: bool) -> dict[str, Any]:
+        """Chat template arguments; those of teacher and reference-only probe may differ (thinking on or off)."""
+        teacher = None if student else self.args.teacher_chat_template_kwargs
+        kwargs: Any = self.chat_template_kwargs if teacher is None else teacher
+        return {"tools": self.tools or None, "chat_template": self.chat_template, **kwargs}
+
     def tokenize_teacher_prompts(self, prompts: list[Prompt]) -> list[list[int]]:
-        """Token ids of prompts of the frozen model, whose chat template arguments may differ (thinking on or off)."""
+        """Token ids of prompts of the frozen model without images, with the chat template arguments of the teacher."""
         student_kwargs = self.chat_template_kwargs
         if self.args.teacher_chat_template_kwargs is not None:
             self.chat_template_kwargs = self.args.teacher_chat_template_kwargs

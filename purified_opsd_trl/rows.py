@@ -24,12 +24,16 @@ from transformers import PreTrainedTokenizerBase
 from trl.data_utils import prepare_multimodal_messages
 
 from . import contexts as contexts_module
+from . import images, multimodal
 from .contexts import Contexts, Prompt, reference_text
 from .errors import InputError, one_line
+from .images import images_of, open_images
+from .multimodal import encode
 
 
 Row: TypeAlias = Mapping[str, Any]
-_Measured: TypeAlias = tuple[str, bool, int]  # text, whether special tokens are added to it, most tokens
+# Text, whether special tokens are added to it, most tokens, and the prompt that was rendered if it holds images
+_Measured: TypeAlias = tuple[str, bool, int, Prompt | None]
 
 
 @dataclass(frozen=True)
@@ -182,7 +186,7 @@ class RowReader:
         built = []
         for index, row in enumerate(rows):
             try:
-                contexts = self._build(row)
+                contexts = self._contexts(row)
                 built.append(self._truncated(row, contexts) if self.truncate else contexts)
             except InputError as error:
                 raise InputError(f"{where}, row {index}, {error}") from None
@@ -234,7 +238,8 @@ class RowReader:
         texts: list[list[_Measured]] = []
         for row in rows:
             try:
-                texts.append([(*self._render(self._checked(row).base), at_least)])
+                base = self._checked(row).base
+                texts.append([(*self._render(base), at_least, base if images_of(base) else None)])
             except InputError:
                 continue
         return at_least + max(self._excess(texts), default=0)
@@ -247,8 +252,11 @@ class RowReader:
         tools = [f"{tool!s}{inspect.getdoc(tool)}" for tool in options.pop("tools", None) or []]
         probe = self._build({"prompt": "{question}", self.reference_column: "{reference}"})
         limits = (self.reference_column, self.max_reference_length, self.max_prompt_length, self.truncate)
-        code = [Path(file).read_text(encoding="utf-8") for file in (contexts_module.__file__, __file__)]
-        state = (self.tokenizer.backend_tokenizer.to_str(), self.chat_template, options, tools, probe, limits, code)
+        files = (contexts_module.__file__, images.__file__, multimodal.__file__, __file__)
+        code = [Path(file).read_text(encoding="utf-8") for file in files]
+        vision = str(getattr(self._processing_class, "image_processor", None))
+        backend = self.tokenizer.backend_tokenizer.to_str()
+        state = (backend, vision, self.chat_template, options, tools, probe, limits, code)
         return hashlib.sha256(repr(state).encode()).hexdigest()
 
     # Checks ----------------------------------------------------------------------------------------------------------
@@ -256,12 +264,16 @@ class RowReader:
     def _reference(self, row: Row) -> str:
         return reference_text(row[self.reference_column], self.reference_column)
 
+    def _contexts(self, row: Row) -> Contexts:
+        """Contexts of a row with opened images."""
+        contexts = self._build(row)
+        prompts = (contexts.base, contexts.teacher, contexts.reference_only)
+        seen = any(map(images_of, prompts))
+        return Contexts(*open_images(prompts, row, self._processing_class)) if seen else contexts
+
     def _checked(self, row: Row) -> Contexts:
         """Contexts of a row whose texts can be rendered and tokenized."""
-        contexts = self._build(row)
-        for name in ("image", "images"):
-            if row.get(name):
-                raise InputError(f"column `{name}`: images are not supported; only text can be distilled.")
+        contexts = self._contexts(row)
         if not isinstance(contexts.base, str) and self.chat_template is None:
             raise InputError(
                 "column `prompt`: the prompt is a list of messages, but the model's tokenizer has no chat template. "
@@ -273,7 +285,7 @@ class RowReader:
                 raise InputError(
                     f"column `prompt`: the text holds the special token {found!r}, so a chat template seems to have "
                     "been applied already. Give the prompt as messages without such tokens in their text; the trainer "
-                    "applies the template to each context on its own."
+                    "applies the template, which also places images, to each context on its own."
                 )
         if found := self._turn_token_in(self._reference(row), self.reference_column):
             raise InputError(
@@ -315,10 +327,11 @@ class RowReader:
     def _measured(self, contexts: Contexts, reference: str) -> list[_Measured]:
         """The texts of a row whose length is limited; both prompts are rendered, as the template may refuse them."""
         privileged = (contexts.teacher, contexts.reference_only, contexts.wrong)
-        prompts = [self._render(prompt) for prompt in privileged if prompt is not None]
         limit, reference_limit = self.max_prompt_length, self.max_reference_length
-        texts = [] if limit is None else [(text, special, limit) for text, special in prompts]
-        return texts if reference_limit is None else [*texts, (reference, False, reference_limit)]
+        prompts = [prompt for prompt in privileged if prompt is not None]
+        rendered = [(*self._render(p), limit or 0, p if images_of(p) else None) for p in prompts]
+        texts = [] if limit is None else rendered
+        return texts if reference_limit is None else [*texts, (reference, False, reference_limit, None)]
 
     def _excess(self, rows: list[list[_Measured]]) -> list[int]:
         """Per row the tokens by which the worst of its texts is too long; 0 if all fit."""
@@ -327,13 +340,19 @@ class RowReader:
             counted = [
                 (i, text, limit)
                 for i, row in enumerate(rows)
-                for text, special, limit in row
-                if special is kind and (self._bound is None or self._bound(text) > limit)
+                for text, special, limit, prompt in row
+                if special is kind and prompt is None and (self._bound is None or self._bound(text) > limit)
             ]
             if counted:
                 ids = self.tokenizer(text=[text for _, text, _ in counted], add_special_tokens=kind)["input_ids"]
                 for (i, _, limit), row_ids in zip(counted, ids, strict=True):
                     excess[i] = max(excess[i], len(row_ids) - limit)
+        with_images = [(i, *measured) for i, row in enumerate(rows) for measured in row if measured[3]]
+        for i, text, _, limit, prompt in with_images:
+            bound = images.token_bound(self._processing_class, images_of(prompt))
+            if bound is None or self._bound is None or self._bound(text) + bound > limit:
+                own = encode(self._processing_class, prompt, **self._template_kwargs)[0]
+                excess[i] = max(excess[i], len(own) - limit)
         return excess
 
     def _overlong(self, row: Row, contexts: Contexts, excess: int) -> Fault:
@@ -359,7 +378,7 @@ class RowReader:
                 )
             value = row[self.reference_column]
             shorter = reference if isinstance(value, str) else [{**value[0], "content": reference}]
-            contexts = self._build({**row, self.reference_column: shorter})
+            contexts = self._contexts({**row, self.reference_column: shorter})
         return contexts
 
     def _without_last_tokens(self, text: str, count: int) -> str:
@@ -377,6 +396,6 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, Mapping):
         for item in value.values():
             yield from _strings(item)
-    elif isinstance(value, Sequence):
+    elif isinstance(value, Sequence) and not isinstance(value, bytes):
         for item in value:
             yield from _strings(item)

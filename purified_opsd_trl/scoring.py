@@ -31,6 +31,7 @@ from .backbone import (
 )
 from .collator import ScoringBatch, shared_prefixes
 from .head import LMHead
+from .multimodal import Fields
 from .scores import ScoringStats, TeacherScores
 from .self_teacher import EMATeacher, StudentTrainer, check_combination, load_frozen_copy
 
@@ -148,7 +149,12 @@ class TeacherScoringCallback(TrainerCallback):
                 return LMHead.from_model(student)
         return LMHead.from_model(student)
 
-    def score(self, prompt_ids: dict[str, list[list[int]]], completion_ids: list[list[int]]) -> TeacherScores:
+    def score(
+        self,
+        prompt_ids: dict[str, list[list[int]]],
+        completion_ids: list[list[int]],
+        fields: dict[str, list[Fields]] | None = None,
+    ) -> TeacherScores:
         """
         Scores every completion under every context given.
 
@@ -157,6 +163,8 @@ class TeacherScoringCallback(TrainerCallback):
                 Prompt ids of the B rows, by context (`"base"`, `"teacher"`, `"reference_only"`).
             completion_ids (`list[list[int]]`):
                 Completion ids of the B rows.
+            fields (`dict[str, list[dict[str, torch.Tensor]]]`, *optional*):
+                Images of the B rows by context, as the model's forward takes them; not given without images.
 
         Returns:
             [`TeacherScores`]
@@ -177,7 +185,7 @@ class TeacherScoringCallback(TrainerCallback):
             share_prefixes = self._shares_prefixes(unwrapped, prompt_ids)
             chunk = why_not_shareable(unwrapped) is None
             packing = self.trainer.packing(wrapped, unwrapped)
-            batches = self.trainer.scoring_batches(prompt_ids, completion_ids, share_prefixes, packing, chunk)
+            batches = self.trainer.scoring_batches(prompt_ids, completion_ids, share_prefixes, packing, chunk, fields)
             for batch in batches:
                 states = self._forward(wrapped, unwrapped, batch)
                 finite.append(_scatter(states, batch, hidden, mask))
@@ -209,7 +217,9 @@ class TeacherScoringCallback(TrainerCallback):
         if batch.forwards == 1:
             count, limit = max(batch.completion_lengths), longest_alike(unwrapped)
             apart = limit is not None and int(batch.attention_mask.sum(-1).max()) > limit  # then the batch is one row
-            return run_inside(wrapped, unwrapped, last_hidden_states, unwrapped, input_ids, mask, count, apart)
+            fields = {name: value.to(device) for name, value in batch.fields.items()}
+            arguments = (unwrapped, input_ids, mask, count, apart, fields)
+            return run_inside(wrapped, unwrapped, last_hidden_states, *arguments)
 
         cache = DynamicCache(config=unwrapped.config)  # of what came before
 

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerState
 from transformers.utils import logging
 
-from .backbone import context_length, last_hidden_states, longest_alike, run_rows_apart, without_dropout
+from .backbone import backbone, context_length, last_hidden_states, longest_alike, run_rows_apart, without_dropout
 from .collator import PurificationCollator
 from .config import PurifiedOPSDConfig
 from .deviations import LONG, coarsest_dtype, deviations, is_half, states_alone, tolerance, typical
@@ -217,9 +217,11 @@ class LayerGradients:
         self.layers: dict[str, list[torch.Tensor]] = {}
         self._sharded: list[tuple[str, Any]] = []  # FSDP2 writes their gradients past the hooks
         self._hooks = []
+        text = getattr(backbone(model), "language_model", model)  # layers of a vision tower may have no part in it
+        read = {id(parameter) for parameter in text.parameters()}
         for name, parameter in model.named_parameters():
             match = _LAYER.match(name)
-            if match is None or not parameter.requires_grad:
+            if match is None or not parameter.requires_grad or id(parameter) not in read:
                 continue
             layer = f"{match[1]}.{match[2]}"
             sums = self.layers.setdefault(layer, [])

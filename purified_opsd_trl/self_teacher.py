@@ -27,6 +27,7 @@ from trl.trainer.utils import create_model_from_path
 from .collator import ScoringBatch
 from .config import PurifiedOPSDConfig
 from .errors import InputError
+from .multimodal import Fields
 from .packing import Packing
 
 
@@ -57,6 +58,7 @@ class StudentTrainer(Protocol):
         share_prefixes: bool = False,
         packing: Packing | None = None,
         chunk: bool = False,
+        fields: dict[str, list[Fields]] | None = None,
     ) -> list[ScoringBatch]:
         """Arranges sequences for scoring, in the same number of forwards on every process."""
 

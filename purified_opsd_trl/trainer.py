@@ -33,9 +33,10 @@ from .monitoring.decomposition import DecompositionMonitor
 from .monitoring.epistemic import EpistemicMonitor
 from .monitoring.metrics import generation_metrics, scoring_metrics, warn_of_unused_vocab
 from .monitoring.report import ReportCallback
+from .multimodal import Fields
 from .packing import Packing
 from .parts import loss_mask
-from .reading import ReadingTrainer, as_datasets, named_datasets
+from .reading import as_datasets, named_datasets
 from .references import with_other_references
 from .rollout.colocated import merge_without_drift, reserve_vllm_length
 from .rollout.served import ServedTrainer, without_trls_client
@@ -44,6 +45,7 @@ from .scores import TeacherScores
 from .scoring import TeacherScoringCallback
 from .self_check import CheckedTrainer
 from .self_teacher import check_arguments
+from .vision import VisionTrainer
 
 
 if TYPE_CHECKING:
@@ -52,8 +54,8 @@ if TYPE_CHECKING:
 
 class PurifiedOPSDTrainer(
     ReliableTrainer,
+    VisionTrainer,
     ServedTrainer,
-    ReadingTrainer,
     CheckedTrainer,
     AccumulatingTrainer,
     DescribingTrainer,
@@ -95,11 +97,12 @@ class PurifiedOPSDTrainer(
         args ([`PurifiedOPSDConfig`], *optional*):
             Configuration for this trainer. If `None`, a default configuration is used.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`] or list of `dict`):
-            Dataset with the columns `"prompt"` and `args.reference_column`, each text or messages.
+            Dataset with the columns `"prompt"` and `args.reference_column`, each text or messages; images are in
+            `"image"` or `"images"`, or in the messages.
         eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict`, *optional*):
             Dataset(s) to evaluate on, with the same columns.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Tokenizer. If `None`, it is loaded from the model's name.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`], *optional*):
+            Tokenizer, or processor of a vision-language model. If `None`, it is loaded from the model's name.
         callbacks (list of [`~transformers.TrainerCallback`], *optional*):
             Further callbacks.
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
@@ -186,6 +189,8 @@ class PurifiedOPSDTrainer(
                 peft_config=peft_config,
                 tools=tools,
             )
+        if self._is_vlm:
+            self._tokenizer.padding_side = "left"  # TRL pads prompts on the left, but types of tokens on this side
         if args.use_vllm and not args.vllm_adapter_sync and is_peft_model(self.model):
             merge_without_drift(self.vllm_generation)
         self.purification_collator = purification_collator or self._default_collator()
@@ -243,7 +248,7 @@ class PurifiedOPSDTrainer(
         mode = "train" if self.model.training else "eval"
         contexts = self.reader.contexts(inputs, f"step {self.state.global_step}, generation batch")
         self.check_model()
-        inputs = [{**row, "prompt": context.base} for row, context in zip(inputs, contexts, strict=True)]
+        inputs = [self.rollout_row(row, context.base) for row, context in zip(inputs, contexts, strict=True)]
         started = time.perf_counter()
         output = super()._generate_and_score_completions(inputs)
         seconds = time.perf_counter() - started
@@ -271,14 +276,20 @@ class PurifiedOPSDTrainer(
         return output
 
     def _score(self, contexts: list[Contexts], output: dict[str, Any]) -> TeacherScores:
-        prompt_ids = {"teacher": self.tokenize_teacher_prompts([c.teacher for c in contexts])}
+        prompts = {"teacher": [c.teacher for c in contexts]}
         if "base" in self._states:
-            prompt_ids["base"] = unpad(output["prompt_ids"], output["prompt_mask"])  # the very ids the student saw
+            prompts["base"] = [c.base for c in contexts]
         if "wrong" in self._states:
-            prompt_ids["wrong"] = self.tokenize_teacher_prompts([c.wrong for c in contexts if c.wrong is not None])
+            prompts["wrong"] = [c.wrong for c in contexts if c.wrong is not None]
         if {"reference_only", "delta"} & {*self._states} or self.decomposition_monitor.due:
-            prompt_ids["reference_only"] = self.tokenize_teacher_prompts([c.reference_only for c in contexts])
-        return self.scoring_callback.score(prompt_ids, unpad(output["completion_ids"], output["completion_mask"]))
+            prompts["reference_only"] = [c.reference_only for c in contexts]
+        completion_ids = unpad(output["completion_ids"], output["completion_mask"])
+        prompt_ids, fields = self.encode_contexts(prompts, completion_ids, output)
+        if "base" in prompts:
+            prompt_ids["base"] = unpad(output["prompt_ids"], output["prompt_mask"])  # the very ids the student saw
+        if fields is None:
+            return self.scoring_callback.score(prompt_ids, completion_ids)
+        return self.scoring_callback.score(prompt_ids, completion_ids, fields)
 
     def scoring_batches(
         self,
@@ -287,10 +298,12 @@ class PurifiedOPSDTrainer(
         share_prefixes: bool = False,
         packing: Packing | None = None,
         chunk: bool = False,
+        fields: dict[str, list[Fields]] | None = None,
     ) -> list[ScoringBatch]:
         """Arranges sequences for scoring, in the same number of forwards on every process."""
+        own = {} if fields is None else {"fields": fields}  # a collator that knows no images keeps working
         return self.purification_collator.scoring_batches(
-            prompt_ids, completion_ids, share_prefixes, self.agree_on, packing=packing, chunk=chunk
+            prompt_ids, completion_ids, share_prefixes, self.agree_on, packing=packing, chunk=chunk, **own
         )
 
     def run_inside(self, wrapped: torch.nn.Module, unwrapped: Any, function: Callable[..., Any], *args: Any) -> Any:

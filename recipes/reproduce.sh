@@ -27,7 +27,7 @@ usage() {
 [ $# -eq 2 ] || usage
 model=$1 data=$2
 config=recipes/$model/purified_opsd/config_$data.yaml
-[ -f "$config" ] || usage
+[[ " ${configs[*]} " == *" $config "* ]] || usage
 if [ "$data" = mathcot ] && [ -z "${DATASET:-}" ]; then
     echo "error: set DATASET to a hub id or a folder, because the paper gives no hub id for Math-CoT-20K (recipes/README.md)" >&2
     exit 2

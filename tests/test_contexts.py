@@ -311,8 +311,8 @@ def test_missing_reference_column_lists_the_columns() -> None:
         ([{"role": "user", "content": None}], "column `prompt`: the last user turn is empty"),
         ([{"role": "user", "content": 7}], "column `prompt`: message content must be a string or a list of parts"),
         (
-            [{"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "image"}]}],
-            "column `prompt`: only text can be distilled, but a message holds parts of type image",
+            [{"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "audio"}]}],
+            "column `prompt`: only text and images can be distilled, but a message holds parts of type audio",
         ),
         ([{"role": "user", "content": ["q"]}], "column `prompt`: message content must be a string or a list of parts"),
         ([{"role": "user", "content": [{"type": "text"}]}], "column `prompt`: a part of type text must hold a string"),

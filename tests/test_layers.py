@@ -9,7 +9,7 @@ import purified_opsd_trl
 
 ROOT = Path(purified_opsd_trl.__file__).parent
 LAYERS = (
-    {"errors", "extras", "env", "arguments", "markers", "backbone", "packing", "estimate"},
+    {"errors", "extras", "env", "arguments", "markers", "backbone", "packing", "estimate", "images", "multimodal"},
     {"head", "purification", "targets"},
     {"kernels"},
     {"config", "contexts", "scores", "rows", "dataset", "loading", "references"},
@@ -18,7 +18,7 @@ LAYERS = (
     {"scoring"},
     {"monitoring"},
     {"run_identity", "shutdown"},
-    {"reading", "checkpoints", "distilling", "self_check", "model_card", "plan"},
+    {"reading", "vision", "checkpoints", "distilling", "self_check", "model_card", "plan"},
     {"accumulating"},
     {"trainer"},
     {"train", "evaluate", "bench"},

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from datasets import Dataset
+from transformers import AutoProcessor
 from trl.chat_template_utils import deepseek_r1_distill_chat_template, qwen3_chat_template
 
 from purified_opsd_trl.errors import InputError
@@ -22,11 +24,12 @@ from purified_opsd_trl.evaluate.paper import paper_rows
 from purified_opsd_trl.train import launch_arguments, main, make_parser
 from recipes import build_data
 from tests.conftest import build_tokenizer
+from tests.vision import build_processor, build_vlm, image_rows
 
 
 ROOT = Path(__file__).parent.parent
 LONG = sorted(ROOT.glob("recipes/*/purified_opsd/config_*_16k.yaml"))  # beyond the paper's 1,024 tokens
-RECIPES = sorted(set(ROOT.glob("recipes/*/purified_opsd/config_*.yaml")) - set(LONG))
+RECIPES = sorted(path for data in ("dasd", "mathcot") for path in ROOT.glob(f"recipes/*/*/config_{data}.yaml"))
 BENCHMARKS = ["aime24", "aime25", "hmmt25"]
 TITLES = {"dasd": "DASD-10K", "mathcot": "Math-CoT-20K"}
 
@@ -232,18 +235,12 @@ def test_long_recipes_are_the_papers_but_for_the_length(path: Path) -> None:
     assert f"purified-opsd train --config {path.relative_to(ROOT)}" in path.read_text()
 
 
-@pytest.mark.parametrize("path", RECIPES + LONG, ids=["-".join(names(path)) for path in RECIPES + LONG])
-def test_one_step_on_a_tiny_model(path: Path, make_model_dir: Callable[..., Path], tmp_path: Path) -> None:
-    model, _ = names(path)
-    architecture, overrides, template = MODELS[model][3]
-    folder = make_model_dir(architecture, template=template, **overrides)
-    rows = [{"prompt": f"What is {i} + 1?", "reference": f"It is {i + 1}."} for i in range(4)]
-    data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+def small_run(model: Path, data: Path, folder: Path) -> list[str]:
+    """Options of one short step on the CPU."""
     keys = {
-        "model_name_or_path": folder,
+        "model_name_or_path": model,
         "dataset_name": data,
-        "output_dir": tmp_path / "run",
+        "output_dir": folder / "run",
         "dtype": "float32",
         "use_vllm": False,
         "bf16": False,
@@ -254,14 +251,47 @@ def test_one_step_on_a_tiny_model(path: Path, make_model_dir: Callable[..., Path
         "dataloader_pin_memory": False,
         "disable_tqdm": True,
     }
-    changed = [item for key, value in keys.items() for item in (f"--{key}", str(value))]
-    trainer = main(*parse(["--config", str(path), *changed]))
+    return [item for key, value in keys.items() for item in (f"--{key}", str(value))]
+
+
+@pytest.mark.parametrize("path", RECIPES + LONG, ids=["-".join(names(path)) for path in RECIPES + LONG])
+def test_one_step_on_a_tiny_model(path: Path, make_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    model, _ = names(path)
+    architecture, overrides, template = MODELS[model][3]
+    folder = make_model_dir(architecture, template=template, **overrides)
+    rows = [{"prompt": f"What is {i} + 1?", "reference": f"It is {i + 1}."} for i in range(4)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trainer = main(*parse(["--config", str(path), *small_run(folder, data, tmp_path)]))
     assert trainer.state.global_step == 1
     assert type(trainer.model.base_model.model).__name__.lower() == f"{architecture}forcausallm"
     (entry,) = (entry for entry in trainer.state.log_history if "loss" in entry)
     assert 0.0 < entry["loss"] < 1.0 and entry["grad_norm"] > 0.0
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
     assert (tmp_path / "run" / "checkpoint-1").is_dir()
+
+
+def test_one_step_of_the_vision_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = ROOT / "recipes" / "Qwen3-VL-4B" / "purified_opsd" / "config_geometry.yaml"
+    header = path.read_text(encoding="utf-8").split("\n\n")[0]
+    assert f"# Command: purified-opsd train --config {path.relative_to(ROOT)}\n" in header
+    _, twin, _, _ = parse(["--config", str(path), "--target", "teacher"])
+    assert twin.target == "teacher" and twin.per_device_train_batch_size * twin.gradient_accumulation_steps == 32
+    # The real processor can be loaded where torchvision is installed; this one has the same images and no videos
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda *_, **__: build_processor("qwen3_vl"))
+    build_vlm("qwen3_vl").save_pretrained(tmp_path / "model")
+    rows = [
+        {"problem": r["prompt"][0]["content"], "solution": r["reference"], "image": r["image"]} for r in image_rows()
+    ]
+    Dataset.from_list(rows).to_parquet(tmp_path / "geometry.parquet")
+    trainer = main(
+        *parse(["--config", str(path), *small_run(tmp_path / "model", tmp_path / "geometry.parquet", tmp_path)])
+    )
+    (entry,) = (entry for entry in trainer.state.log_history if "loss" in entry)
+    assert 0.0 < entry["loss"] < 1.0 and entry["grad_norm"] > 0.0
+    trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    assert trained and all(".language_model.layers." in name for name in trained)
+    assert "PeftModel.from_pretrained(AutoModelForImageTextToText" in (tmp_path / "run" / "README.md").read_text()
 
 
 # Chat templates ------------------------------------------------------------------------------------------------------

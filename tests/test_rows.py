@@ -107,8 +107,8 @@ def test_added_tokens_that_are_special_or_mark_turns_are_found(make_tokenizer) -
             {"prompt": [user("q"), {"role": 3, "content": "q"}]},
             "the `role` of a message must be a string, got 3",
         ),
-        ({"image": "x.png"}, "column `image`: images are not supported"),
-        ({"images": ["x.png"]}, "column `images`: images are not supported"),
+        ({"prompt": [user("q")], "image": "x.png"}, "column `image` holds images, but the model reads text alone"),
+        ({"prompt": [user("q")], "images": ["x.png"]}, "column `images` holds images, but the model reads text alone"),
     ],
 )
 def test_rows_that_cannot_be_used(tokenizer, row, message) -> None:

@@ -24,6 +24,7 @@ TRAINER_METHODS = {
         *("optimizers", "quantization_config", "peft_config", "tools"),
     ],
     "_generate_and_score_completions": ["inputs"],
+    "_generate": ["prompts"],
     "_generate_single_turn": ["prompt_ids", "images", "multimodal_fields", "has_tool_images"],
     "_tokenize_prompts": ["prompts"],
     "_get_last_hidden_state": [

@@ -16,6 +16,7 @@ from ..env import run_versions
 from ..errors import InputError
 from ..evaluate.backends import TransformersBackend
 from ..evaluate.targets import find_targets
+from ..images import images_of
 from ..loading import PurifiedOPSDScriptArguments, load_splits, map_columns, pick_split
 from .arguments import DiagnoseArguments
 from .measure import Meter, Models, completions, summarize
@@ -48,6 +49,8 @@ def load_contexts(args: DiagnoseArguments) -> list[Contexts]:
                     reference_prompt_template=args.reference_prompt_template,
                 )
             )
+            if images_of(contexts[-1].base):
+                raise InputError("the prompt holds images, but `diagnose` reads text alone. Leave such rows out.")
         except InputError as error:
             raise InputError(f"{args.dataset_name}, row {index}, {error}") from None
     if not contexts:

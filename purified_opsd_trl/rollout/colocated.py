@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from datasets import IterableDataset
-from transformers import AutoTokenizer
+from transformers import AutoProcessor
 from trl.trainer.utils import get_config_model_id
 
 from ..config import PurifiedOPSDConfig
@@ -57,7 +57,7 @@ def reserve_vllm_length(
     if not args.use_vllm or not ours or args.vllm_max_model_length is not None:
         return
     if processing_class is None:
-        processing_class = AutoTokenizer.from_pretrained(
+        processing_class = AutoProcessor.from_pretrained(
             model if isinstance(model, str) else get_config_model_id(model.config),
             revision=dict(args.model_init_kwargs or {}).get("revision"),  # type: ignore[arg-type]  # no longer JSON text
             trust_remote_code=args.trust_remote_code,
