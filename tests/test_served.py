@@ -52,6 +52,9 @@ class Watcher(TrainerCallback):
         named = model.named_parameters()
         self.weights[state.global_step] = {name: p.detach().clone() for name, p in named if p.requires_grad}
 
+    def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
+        self.random_state = torch.get_rng_state()
+
 
 @pytest.fixture
 def build(model_dir: Path, arguments: dict[str, Any]) -> Callable[..., tuple[PurifiedOPSDTrainer, Watcher]]:
@@ -259,13 +262,16 @@ def test_a_server_that_answers_again_is_used_again(build: Any, serve: Any, caplo
 
 def test_without_any_server_what_was_trained_is_saved(build: Any, serve: Any) -> None:
     server = serve()
-    server.abort_after = 4  # batch 4 does not come
+    server.abort_after = 3  # batch 3, the first of the second epoch, does not come
     trainer, before = build(server, rollouts_ahead=1)
     with pytest.raises(ConnectionError, match=f"No vLLM server answers: {re.escape(server.url)}"):
         trainer.train()
+    checkpoint = Path(trainer.args.output_dir) / "checkpoint-3"
+    saved = torch.load(checkpoint / "rng_state.pth", weights_only=False)["cpu"]
+    assert torch.equal(saved, before.random_state)  # as after the third step: the second epoch draws from it again
     resumed, watcher = build(serve(), rollouts_ahead=1)
-    resumed.train(resume_from_checkpoint=f"{trainer.args.output_dir}/checkpoint-4")
-    assert sorted(watcher.rollouts) == [4, 5]
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert sorted(watcher.rollouts) == [3, 4, 5]
     watcher.weights = {**before.weights, **watcher.weights}
     check_versions(resumed, watcher, 1)
 

@@ -63,6 +63,7 @@ class ServedTrainer(Trainer):
     _next_batch = 0  # number of the first batch that was not requested
     _first_version = 0
     _resumed_from: str | None = None
+    _epoch_began: tuple[int, torch.Tensor]  # step and random state
 
     # Before training -------------------------------------------------------------------------------------------------
 
@@ -182,6 +183,9 @@ class ServedTrainer(Trainer):
         """A checkpoint of the steps that were taken before all servers were lost."""
         step = self.state.global_step
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        began, random_state = self._epoch_began
+        if step == began:
+            torch.set_rng_state(random_state)
         if step > 0 and not folder.exists():
             self._save_checkpoint(self.model_wrapped, trial)
             self.accelerator.print(f"All vLLM servers are lost: {folder} holds the {step} steps that were taken.")
@@ -335,6 +339,8 @@ class ServedTrainer(Trainer):
                 kwargs["steps_trained_in_current_epoch"] // repeats,
                 self._next_batch,
             )
+        # The data loader is about to draw a seed, and draws it again when a run resumes at the beginning of an epoch
+        self._epoch_began = int(self.state.global_step), torch.get_rng_state()
         super()._run_epoch(**kwargs)
 
     # Checkpoints -----------------------------------------------------------------------------------------------------
