@@ -1,4 +1,4 @@
-r"""A Markdown extension: `$...$` and `$$` blocks become MathML when the site is built, so that pages need no script."""
+"""A Markdown extension: `$...$` and `$$` blocks become MathML when the site is built; pages need no script."""
 
 import re
 from typing import Any
