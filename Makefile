@@ -63,7 +63,7 @@ test-numerics: .venv/.dev-installed
 	.ci/numerics $(ARGS)
 
 test-faults: .venv/.dev-installed
-	$(BIN)/python -m pytest -m faults $(ARGS)
+	$(BIN)/python -m pytest -p tests.faults_table -m "not distributed and not vllm" tests $(ARGS)
 
 test-properties: export HYPOTHESIS_PROFILE = nightly
 test-properties: .venv/.dev-installed
