@@ -154,8 +154,9 @@ class PurifiedOPSDConfig(DistillationConfig):
         target (`str`, *optional*, defaults to `"purified"`):
             `"purified"` distills the pointwise-mutual-information target anchored on the base (Eq. 5-8). `"teacher"`
             distills the privileged teacher itself: plain OPSD, the paper's baseline, by the same code path.
-            `"interpolated"` distills `softmax((1 - w) z_base + w z_teacher)`, and `"contrastive"` what a correct
-            reference says more than a wrong one.
+            `"gated"` is `"purified"` without a tilt where the reference-only probe is certain, `"interpolated"`
+            distills `softmax((1 - w) z_base + w z_teacher)`, and `"contrastive"` what a correct reference says more
+            than a wrong one.
         pmi_beta (`float`, *optional*, defaults to `1.0`):
             Strength of the anchor: the target is `softmax(log P_0 + delta / pmi_beta)`. Larger means closer to the
             base. The paper's ablation holds gains for 0.5, 1 and 2.

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias, TypeVar
 import datasets.config
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from tqdm.auto import tqdm
@@ -328,14 +328,14 @@ class FirstStepGuard(TrainerCallback):
             )
 
 
-def on_main_process(compute: Callable[[], _Result], accelerator: Accelerator) -> _Result:
+def on_main_process(compute: Callable[[], _Result], accelerator: Accelerator | PartialState) -> _Result:
     """
     Computes on the main process alone; every process gets its result, or raises its error.
 
     Args:
         compute (`Callable[[], T]`):
             What to compute.
-        accelerator ([`~accelerate.Accelerator`]):
+        accelerator ([`~accelerate.Accelerator`] or [`~accelerate.PartialState`]):
             Processes, all of which must call.
 
     Returns:

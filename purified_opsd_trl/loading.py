@@ -5,6 +5,7 @@ Datasets by name: a local file, a folder, a hub id or a mixture -> splits with a
 import codecs
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -148,6 +149,21 @@ def readable_errors(name: Any) -> Iterator[None]:
         raise InputError(f"The dataset {name} cannot be read: {_one_line(error.__cause__ or error)}") from error
     finally:
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counts
+
+
+@contextmanager
+def rows_named_by_line(name: Any) -> Iterator[None]:
+    """Adds the line of a JSONL file to every row that an error about the training data names."""
+    try:
+        yield
+    except InputError as error:
+        files = _json_files(name)
+        if not str(error).startswith("train_dataset") or files != [Path(name)] or _is_array(name):
+            raise
+        with open(name, "rb") as file:
+            numbers = [number for number, line in enumerate(file, 1) if line.strip()]  # blank lines are no rows
+        text = re.sub(r"\brow (\d+)", lambda found: f"{found[0]} (line {numbers[int(found[1])]})", str(error))
+        raise InputError(text) from error
 
 
 def _json_files(name: Any) -> list[Path]:

@@ -29,7 +29,7 @@ from .checkpoints import check_named_checkpoint, find_checkpoint
 from .config import PurifiedOPSDConfig
 from .errors import InputError, exit_status, one_line
 from .extras import require_extra
-from .loading import PurifiedOPSDScriptArguments, load_splits, map_columns, pick_split
+from .loading import PurifiedOPSDScriptArguments, load_splits, map_columns, pick_split, rows_named_by_line
 
 
 if TYPE_CHECKING:
@@ -170,19 +170,21 @@ def main(
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),  # type: ignore[dict-item]  # parsed to a dict by the config
     }
-    trainer = PurifiedOPSDTrainer(
-        model=name,
-        args=training_args,
-        train_dataset=map_columns(train_dataset, script_args),
-        eval_dataset=eval_dataset,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
+    with rows_named_by_line(script_args.dataset_name):
+        trainer = PurifiedOPSDTrainer(
+            model=name,
+            args=training_args,
+            train_dataset=map_columns(train_dataset, script_args),
+            eval_dataset=eval_dataset,
+            quantization_config=get_quantization_config(model_args),
+            peft_config=get_peft_config(model_args),
+        )
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, ReportCallback):
             callback.dataset = script_args.dataset_name
     trainer.dataset_name = script_args.dataset_name
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with rows_named_by_line(script_args.dataset_name):  # a stream is checked as it is trained on
+        trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(training_args.output_dir)
     on_hub = script_args.dataset_name if not os.path.exists(script_args.dataset_name or "") else None
     trainer.create_model_card(model_name=Path(training_args.output_dir).name, dataset_name=on_hub)

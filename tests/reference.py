@@ -144,6 +144,18 @@ def interpolated_target(base: Tensor, teacher: Tensor, weight: float) -> Tensor:
     return log_probs((1 - weight) * log_probs(base) + weight * log_probs(teacher))
 
 
+def gated_target(
+    base: Tensor, teacher: Tensor, reference_only: Tensor, pmi_beta: float, pmi_clip: float | None
+) -> Tensor:
+    """Log-probabilities `[..., V]` of the purified target whose centered log-ratio is scaled by `1 - max pi_ref`."""
+    log_ref = log_probs(reference_only)
+    ratio = log_probs(teacher) - log_ref
+    ratio = (1 - log_ref.max(dim=-1, keepdim=True).values.exp()) * (ratio - ratio.mean(dim=-1, keepdim=True))
+    if pmi_clip is not None:
+        ratio = pmi_clip * (ratio / pmi_clip).tanh()
+    return log_probs(log_probs(base) + ratio / pmi_beta)
+
+
 def contrastive_target(
     correct: Tensor, wrong: Tensor, alpha: float, floor: float, tau: float
 ) -> tuple[Tensor, Tensor]:

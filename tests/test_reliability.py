@@ -93,8 +93,9 @@ def outcome(trainer: PurifiedOPSDTrainer) -> tuple[list[torch.Tensor], list[torc
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_stopped_in_the_second_and_third_epoch_goes_on_exactly(
-    model_dir: Path, tmp_path: Path, kind: str
+    model_dir: Path, tmp_path: Path, record_property: Callable[[str, object], None], kind: str
 ) -> None:
+    record_property("tries", 3)
     straight = build_trainer(model_dir, tmp_path / "straight", cls=Watched, **{"save_strategy": "no", **KINDS[kind]})
     straight.train()
     assert sorted(straight.seen) == list(range(1, 13))

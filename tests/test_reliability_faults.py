@@ -104,7 +104,10 @@ def wait_for(condition: Callable[[], object], what: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "kills"), [("ema", 2), *(pytest.param(kind, 6, marks=pytest.mark.faults) for kind in KINDS)]
 )
-def test_killed_at_random_points(model_dir: Path, tmp_path: Path, kind: str, kills: int) -> None:
+def test_killed_at_random_points(
+    model_dir: Path, tmp_path: Path, record_property: Callable[[str, object], None], kind: str, kills: int
+) -> None:
+    record_property("tries", kills)
     straight = tmp_path / "straight"
     begin = time.monotonic()
     expected = finish(kind, model_dir, straight)
@@ -196,15 +199,15 @@ READ_ONLY = "import sys; from tests.test_reliability import *; build_trainer(*ma
 
 
 class Usage(TrainerCallback):
-    """Memory in MB, open files, and seconds per step since the last note, every 100 steps."""
+    """Memory in MB, open files, and processor seconds per step since the last note, every 100 steps."""
 
     def __init__(self) -> None:
         self.noted: list[list[float]] = []
-        self.since = time.monotonic()
+        self.since = time.process_time()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step % 100 == 0:
-            process, now = psutil.Process(), time.monotonic()
+            process, now = psutil.Process(), time.process_time()
             self.noted.append([process.memory_info().rss / 2**20, process.num_fds(), (now - self.since) / 100])
             self.since = now
 
@@ -223,11 +226,14 @@ def test_a_long_run_stays_flat(model_dir: Path, tmp_path: Path) -> None:
     process = processes.Process(target=train_long, args=(model_dir, tmp_path / "run", 2000))
     process.start()
     process.join()
-    memory, files, _ = zip(*json.loads((tmp_path / "run.json").read_text()), strict=True)
+    memory, files, seconds = zip(*json.loads((tmp_path / "run.json").read_text()), strict=True)
     slope = statistics.linear_regression(range(len(memory) - 5), memory[5:]).slope
     size = (tmp_path / "run" / "checkpoint-2000" / "trainer_state.json").stat().st_size
+    first, last = statistics.median(seconds[5:10]), statistics.median(seconds[-5:])
     print(f"memory {memory[5]:.0f} to {memory[-1]:.0f} MB, {slope:+.2f} MB per 100 steps; {files[-1]:.0f} open files")
+    print(f"{1000 * first:.0f} to {1000 * last:.0f} ms of processor time per step")
     assert slope < 1.0 and files[-1] <= files[1]
+    assert last < 1.2 * first  # shared processors vary by some percent
     assert size < 2_000 * 2000 / 10  # bytes per logged step
 
 

@@ -20,14 +20,16 @@ from tests.loss_cases import Case, make_case, relative_error
 
 
 SETTINGS = {
+    "gated": {"pmi_beta": 0.7, "pmi_clip": 2.0},
     "interpolated": {"interpolation_weight": 0.3},
     "contrastive": {"contrastive_alpha": 0.7, "contrastive_floor": -4.0, "contrastive_tau": 0.5},
 }
 
 
 def states_of(case: Case, settings: LossSettings) -> FrozenStates:
-    """The case's third frozen states play the wrong reference."""
-    all_states = {"base": case.base, "teacher": case.teacher, "wrong": case.reference_only}
+    """The case's third frozen states play the wrong reference as well."""
+    third = case.reference_only
+    all_states = {"base": case.base, "teacher": case.teacher, "reference_only": third, "wrong": third}
     return FrozenStates(**{name: all_states[name] for name in required_states(settings, True, False)})
 
 
@@ -44,6 +46,8 @@ def by_definition(case: Case, settings: LossSettings) -> tuple[torch.Tensor, tor
     factor = torch.ones(len(hidden), dtype=torch.float64)
     if settings.target == "interpolated":
         target = reference.interpolated_target(base, teacher, settings.interpolation_weight)
+    elif settings.target == "gated":
+        target = reference.gated_target(base, teacher, wrong, settings.pmi_beta, settings.pmi_clip)
     else:
         a, f, t = settings.contrastive_alpha, settings.contrastive_floor, settings.contrastive_tau
         target, factor = reference.contrastive_target(teacher, wrong, a, f, t)
@@ -87,6 +91,18 @@ def test_limits() -> None:
     torch.testing.assert_close(
         per_token("interpolated", interpolation_weight=0.0), token_loss(case.hidden, *args).per_token
     )
+
+
+def test_the_gate_closes_where_the_probe_is_certain_and_opens_where_it_is_not() -> None:
+    base, teacher = torch.randn(2, 1, 50, generator=torch.Generator().manual_seed(0))
+    options: dict[str, Any] = {"pmi_beta": 1.0, "pmi_clip": 10.0}
+    gated = DENSE_TARGETS["gated"].logits
+    certain = torch.full((1, 50), -40.0).index_fill_(1, torch.tensor([7]), 40.0)
+    closed = gated(base=base, teacher=teacher, reference_only=certain, **options)
+    torch.testing.assert_close(closed.softmax(-1), base.softmax(-1))
+    flat = torch.zeros(1, 50)  # the largest probability is 1 / 50
+    unclipped = gated(base=base, teacher=teacher, reference_only=flat, pmi_beta=1.0, pmi_clip=None)
+    torch.testing.assert_close(unclipped.softmax(-1), (base + 0.98 * teacher).softmax(-1))
 
 
 def test_the_same_reference_twice_carries_no_loss() -> None:

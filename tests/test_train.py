@@ -220,8 +220,11 @@ def test_an_empty_reference_names_the_row(
     recipe: Callable[..., list[str]], data_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [*ROWS[:5], {**ROWS[5], "solution": ""}]
-    data_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert "train_dataset, row 5, column `solution`: the reference is empty" in refused(recipe(), capsys)
+    lines = ["", *(json.dumps(row) for row in rows[:3]), " ", *(json.dumps(row) for row in rows[3:])]
+    data_file.write_text("\n".join(lines))
+    for streaming in (False, True):  # the sixth row, after two blank lines
+        said = refused(recipe(dataset_streaming=streaming, max_steps=4), capsys)
+        assert "train_dataset, row 5 (line 8), column `solution`: the reference is empty" in said
 
 
 def test_a_mistake_exits_with_a_status_and_without_a_traceback(recipe: Callable[..., list[str]]) -> None:

@@ -10,13 +10,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import IterableDataset
 from transformers import AutoProcessor
 from trl.trainer.utils import get_config_model_id
 
 from ..config import PurifiedOPSDConfig
 from ..contexts import Contexts
-from ..dataset import AnyDataset, row_blocks
+from ..dataset import AnyDataset, on_main_process, row_blocks
 from ..rows import RowReader
 
 
@@ -64,8 +65,8 @@ def reserve_vllm_length(
         )
     template_kwargs: dict[str, Any] = {"tools": tools or None, **dict(args.chat_template_kwargs or {})}  # type: ignore[arg-type]
     reader = RowReader(processing_class, build_contexts, args.reference_column, template_kwargs=template_kwargs)
-    longest = 0
-    for name, dataset in datasets:
+    named = list(datasets)
+    for name, dataset in named:
         if isinstance(dataset, IterableDataset):
             logger.warning(
                 "%s is streamed, so its longest prompt is unknown and vLLM reserves memory for the model's complete "
@@ -73,9 +74,16 @@ def reserve_vllm_length(
                 name,
             )
             return
-        for _, rows in row_blocks(dataset):
-            longest = reader.longest_base(rows, at_least=longest)
-    if longest:
+
+    def measure() -> int:
+        longest = 0
+        for _, dataset in named:
+            for _, rows in row_blocks(dataset):  # type: ignore[arg-type]  # none is streamed
+                longest = reader.longest_base(rows, at_least=longest)
+        return longest
+
+    _ = args.device  # sets up the processes, of which one reads the data
+    if longest := on_main_process(measure, PartialState()):
         args.vllm_max_model_length = longest + int(args.max_completion_length or 0)
 
 

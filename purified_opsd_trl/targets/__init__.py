@@ -7,6 +7,7 @@ logits of one chunk of tokens, so that memory stays bounded.
 
 from .contrastive import CONTRASTIVE
 from .dense import DenseTarget
+from .gated import GATED
 from .interpolated import INTERPOLATED
 
 
@@ -14,5 +15,6 @@ __all__ = ["DENSE_TARGETS", "DenseTarget"]
 
 DENSE_TARGETS: dict[str, DenseTarget] = {
     "contrastive": CONTRASTIVE,
+    "gated": GATED,
     "interpolated": INTERPOLATED,
 }
