@@ -246,6 +246,7 @@ def small_run(model: Path, data: Path, folder: Path) -> list[str]:
         "bf16": False,
         "max_steps": 1,
         "max_completion_length": 8,
+        "mask_truncated_completions": False,  # eight tokens cut all of them off
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,
         "dataloader_pin_memory": False,

@@ -6,10 +6,10 @@ gate   = 1 - max_v pi_ref(v)                                        [n], from 0 
 target = softmax(log P_0 + clip(gate * center(log pi_T - log pi_ref)) / beta)      beta = pmi_beta, clip = pmi_clip
 ```
 
-Where the probe already knows the token, teacher and probe agree on it. What is left of their ratio is noise, which the
-purified target follows all the same: in the lab it turns a correct result into an error there. With the gate the target
-stays at the base instead. Where the probe is unsure the gate is close to 1, and the target is close to the purified one.
-This package's own, from that finding (docs/lab.md); no paper proposes it.
+Where the probe already knows the token, teacher and probe agree on it. What is left of their ratio is noise, which
+the purified target follows all the same: in the lab it turns a correct result into an error there. With the gate the
+target stays at the base instead. Where the probe is unsure the gate is close to 1, and the target is close to the
+purified one. This package's own, from that finding (docs/lab.md); no paper proposes it.
 """
 
 import torch
