@@ -76,7 +76,7 @@ def reserve_vllm_length(
     def measure() -> int:
         longest = 0
         for _, dataset in named:
-            for _, rows in row_blocks(dataset):  # type: ignore[arg-type]  # none is streamed
+            for _, rows in row_blocks(dataset):
                 longest = reader.longest_base(rows, at_least=longest)
         return longest
 
