@@ -1,16 +1,12 @@
 """Every knob of purified self-distillation, in one validated dataclass."""
 
-import os
-import re
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal
 
-import torch
-from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available, logging
 from trl import DistillationConfig
 
-from .arguments import PositiveFloat, PositiveInt, Range, as_mapping, check_markers, check_type, check_types
-from .errors import InputError
+from .arguments import PositiveFloat, PositiveInt, Range, as_mapping, check_type, check_types
+from .config_checks import check_combinations, check_servers, check_templates, infer_device
 from .kernels.settings import LossSettings
 from .markers import DEFAULT_MARKERS
 
@@ -25,9 +21,6 @@ REFERENCE_FIRST_TEACHER_PROMPT_TEMPLATE = (
     "Worked solution of this problem:\n{reference}\n\nThe problem:\n{question}\n\n" + _INSTRUCTION
 )
 
-_PLACEHOLDER = re.compile(r"\{(question|reference|images)\}")
-
-
 # Ranges that the inherited annotations do not state
 _INHERITED: dict[str, Any] = {
     "per_device_train_batch_size": PositiveInt,
@@ -39,8 +32,6 @@ _INHERITED: dict[str, Any] = {
     "top_k": Annotated[int, Range(0)],
     "repetition_penalty": PositiveFloat,
 }
-
-logger = logging.get_logger(__name__)
 
 
 def _option(default: Any, help: str) -> Any:
@@ -372,10 +363,10 @@ class PurifiedOPSDConfig(DistillationConfig):
         # admit more than their annotation says: an object, and the None of argparse
         check_types(self, skip=("accelerator_config", "debug"), hints=_INHERITED)
         self._check_json()
-        self._check_templates()
-        self._check_combinations()
-        self._check_servers()
-        self._infer_device()
+        check_templates(self)
+        check_combinations(self)
+        check_servers(self)
+        infer_device(self)
         super().__post_init__()
         if self.pmi_clip == 0:
             self.pmi_clip = None
@@ -392,69 +383,3 @@ class PurifiedOPSDConfig(DistillationConfig):
             value = getattr(self, name)
             if isinstance(value, str) and (value.startswith("{") or name == "teacher_chat_template_kwargs"):
                 check_type(name, as_mapping(name, value), dict)
-
-    def _check_templates(self) -> None:
-        if self.reference_column == "prompt":
-            raise InputError(
-                "`reference_column` cannot be `prompt`, which holds the question. Rename the columns, or on the "
-                "command line name them with `dataset_prompt_column` and `dataset_reference_column`."
-            )
-        expected = {"teacher_prompt_template": {"question", "reference"}, "reference_prompt_template": {"reference"}}
-        for name, placeholders in expected.items():
-            found = set(_PLACEHOLDER.findall(getattr(self, name)))
-            optional = {"images"} - placeholders if name == "reference_prompt_template" else set()
-            if found - optional != placeholders:
-                wanted = " and ".join(f"{{{p}}}" for p in sorted(placeholders))
-                got = " and ".join(f"{{{p}}}" for p in sorted(found)) or "none"
-                raise InputError(f"`{name}` must hold the placeholders {wanted} and no other, but it holds {got}.")
-
-    def _check_combinations(self) -> None:
-        if not self.reference_column.strip():
-            raise InputError("`reference_column` must be the name of a column, got an empty one.")
-        check_markers(self.epistemic_markers)
-        if self.target == "contrastive" and self.reference_source != "own":
-            raise InputError(
-                f"`target: contrastive` needs the row's own reference beside the wrong one, not "
-                f"`reference_source: {self.reference_source}`. Remove one of the two keys."
-            )
-        if self.teacher_model_kind != "base" and self.teacher_model_name_or_path is not None:
-            raise InputError(
-                f"`teacher_model_kind: {self.teacher_model_kind}` makes the student its own teacher and cannot be "
-                "combined with `teacher_model_name_or_path`. Remove one of the two keys."
-            )
-
-    def _check_servers(self) -> None:
-        if self.vllm_adapter_sync and not (self.use_vllm and self.vllm_mode == "server"):
-            raise InputError("`vllm_adapter_sync` needs `use_vllm: true` and `vllm_mode: server`.")
-        if self.rollouts_ahead and not self.vllm_adapter_sync:
-            raise InputError("`rollouts_ahead` needs a server that holds versions: set `vllm_adapter_sync: true`.")
-        if self.rollouts_ahead and self.loss_type == "sampled_token":
-            raise InputError(
-                "`loss_type: sampled_token` weights tokens as if the present student had sampled them, which rollouts "
-                "ahead are not. Set `loss_type: divergence` or `rollouts_ahead: 0`."
-            )
-        urls = self.vllm_server_base_url
-        if urls is not None and not (urls and all(re.match("https?://.", url) for url in urls)):
-            raise InputError(f"`vllm_server_base_url` must be of the form http://host:port, got {urls}.")
-        if urls is not None and not self.vllm_adapter_sync:
-            if len(urls) != 1:
-                raise InputError(
-                    f"`vllm_server_base_url` must be one address without `vllm_adapter_sync`, got {urls}."
-                )
-            self.vllm_server_base_url = urls[0]  # type: ignore[assignment]  # as TRL reads it
-
-    def _infer_device(self) -> None:
-        """Sets `use_cpu` where there is nothing else; refuses bf16 on a device without it."""
-        if self.use_cpu or is_torch_xla_available():
-            return
-        if not torch.accelerator.is_available():
-            self.use_cpu = True
-            if os.environ.get("LOCAL_RANK", "0") == "0":
-                logger.warning("There is no accelerator: training runs on the CPU (`use_cpu: true`).")
-        elif (self.bf16_full_eval or self.bf16 or (self.bf16 is None and not self.fp16)) and (
-            not is_torch_bf16_gpu_available()
-        ):
-            raise InputError(
-                "`bf16` is the default, but this device does not support it. Set `bf16: false`, or `fp16: true` as "
-                "well for half precision."
-            )

@@ -12,7 +12,7 @@ LAYERS = (
     {"errors", "extras", "env", "arguments", "markers", "backbone", "packing", "estimate", "images", "multimodal"},
     {"head", "purification", "targets"},
     {"kernels"},
-    {"config", "contexts", "scores", "rows", "dataset", "loading", "references"},
+    {"config", "config_checks", "contexts", "scores", "rows", "dataset", "loading", "references"},
     {"collator", "loss", "parts", "deviations"},
     {"self_teacher", "rollout"},
     {"scoring"},
