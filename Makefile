@@ -27,8 +27,7 @@ export PYTHON
 # With other work on the machine, a thread that spins while it waits starves the one it waits for.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo lab test test-numerics test-faults test-architectures test-properties test-distributed test-vllm gpu lint \
-	lint-workflows docs screenshots clean
+.PHONY: help demo lab test test-numerics test-faults test-architectures test-properties test-distributed test-vllm gpu lint lint-workflows docs screenshots clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile

@@ -48,8 +48,8 @@ class Scorer:
     def __init__(self, output_dir: Path) -> None:
         self.model = AutoPeftModelForCausalLM.from_pretrained(output_dir).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(output_dir)
-        # As saved by the trainer, so that templates, clip and temperature are those of the run
-        self.config: PurifiedOPSDConfig = torch.load(output_dir / "training_args.bin", weights_only=False)
+        # Templates, clip and temperature of the recipe that the run was started from
+        (_, self.config, *_), *_ = make_parser().parse_known(["--config", str(RECIPE)])
 
     def prompt_ids(self, prompt: Any) -> list[int]:
         return self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
