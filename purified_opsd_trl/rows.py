@@ -16,7 +16,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -267,9 +267,10 @@ class RowReader:
     def _contexts(self, row: Row) -> Contexts:
         """Contexts of a row with opened images."""
         contexts = self._build(row)
-        prompts = (contexts.base, contexts.teacher, contexts.reference_only)
-        seen = any(map(images_of, prompts))
-        return Contexts(*open_images(prompts, row, self._processing_class)) if seen else contexts
+        prompts = {name: prompt for name, prompt in vars(contexts).items() if prompt is not None}
+        seen = any(map(images_of, prompts.values()))
+        opened = open_images(list(prompts.values()), row, self._processing_class) if seen else prompts.values()
+        return replace(contexts, **dict(zip(prompts, opened, strict=True)))
 
     def _checked(self, row: Row) -> Contexts:
         """Contexts of a row whose texts can be rendered and tokenized."""

@@ -365,6 +365,19 @@ def test_images_may_be_opened_encoded_or_named(tmp_path: Path) -> None:
         assert ids == expected[0] and all(torch.equal(fields[name], expected[1][name]) for name in fields)
 
 
+def test_a_wrong_reference_is_read_with_the_image() -> None:
+    def build(row: Any) -> Any:
+        templates = (DEFAULT_TEACHER_PROMPT_TEMPLATE, DEFAULT_REFERENCE_PROMPT_TEMPLATE)
+        names = ("teacher_prompt_template", "reference_prompt_template")
+        kwargs = dict(zip(names, templates, strict=True))
+        return build_contexts(row, reference_column="reference", wrong_reference_column="other", **kwargs)
+
+    row = {**image_rows(1)[0], "other": "It is 5 degrees."}
+    (contexts,) = RowReader(build_processor("qwen3_vl"), build, "reference").contexts([row], "")
+    assert images_of(contexts.wrong) == images_of(contexts.teacher) == [row["image"]]
+    assert "It is 5 degrees." in contexts.wrong[0]["content"][-1]["text"]
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [
