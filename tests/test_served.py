@@ -182,6 +182,7 @@ def test_evaluation_uses_the_weights_of_the_moment(build: Any, serve: Any) -> No
     assert at_step_2
     for prompts, found in at_step_2:
         assert found == greedy(trainer, watcher.weights[2], prompts) != greedy(trainer, watcher.weights[0], prompts)
+    trainer.evaluate()
     with torch.no_grad():
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
