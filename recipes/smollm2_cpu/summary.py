@@ -21,14 +21,15 @@ from transformers import AutoTokenizer
 
 from purified_opsd_trl import (
     Decomposition,
-    PurifiedOPSDConfig,
     build_contexts,
     decompose,
     divergence,
     purified_target_logits,
 )
+from purified_opsd_trl.train import make_parser
 
 
+RECIPE = Path(__file__).parent / "config_demo.yaml"
 HELD_OUT = 3  # problems, four forward passes each
 METRICS = {
     "loss": "loss",
