@@ -238,7 +238,15 @@ def build_contexts(
             teacher=fill_template(teacher_prompt_template, question=prompt, reference=reference),
             reference_only=fill_template(reference_prompt_template, reference=reference, images=""),
         )
-    messages = place_images(_checked_messages(prompt), images)
+    return _conversation(
+        place_images(_checked_messages(prompt), images), reference, teacher_prompt_template, reference_prompt_template
+    )
+
+
+def _conversation(
+    messages: list[dict[str, Any]], reference: str, teacher_prompt_template: str, reference_prompt_template: str
+) -> Contexts:
+    """The three prompts of checked messages."""
     last_user = max(i for i, message in enumerate(messages) if message["role"] == "user")
     question = messages[last_user]["content"] or ""
     if isinstance(question, str) and not question.strip():

@@ -194,20 +194,8 @@ def token_loss(
         raise InputError("loss_type='sampled_token' needs `labels`, the sampled token ids.")
 
     with gathered(student_head, frozen_head):
-        student = replace(student_head, temperature=settings.temperature).full()
-        if student_head.same_head(frozen_head):
-            frozen = student  # gathered once under FSDP2
-        else:
-            frozen = replace(frozen_head, temperature=settings.temperature).full()
-        if student.weight.shape[0] != frozen.weight.shape[0]:
-            raise InputError(
-                f"The student's head has {student.weight.shape[0]} vocabulary entries, the frozen head "
-                f"{frozen.weight.shape[0]}; both models need one tokenizer and one vocabulary size."
-            )
-        if used_vocab is not None and settings.mask_unused_vocab:
-            shared = student is frozen
-            student = student.first_rows(used_vocab)
-            frozen, used_vocab = student if shared else frozen.first_rows(used_vocab), None
+        masked = used_vocab if settings.mask_unused_vocab else None
+        student, frozen = _heads(student_head, frozen_head, settings.temperature, masked)
         inputs = (student_hidden, student.weight, student.bias)
         grad = torch.is_grad_enabled()
         hidden, weight, bias = (grad and x is not None and x.requires_grad for x in inputs)
@@ -221,12 +209,28 @@ def token_loss(
             needs=(hidden, weight, bias),
             labels=labels if settings.loss_type == "sampled_token" else None,
             target_logits=target_logits,
-            used_vocab=used_vocab,
+            used_vocab=used_vocab if masked is None else None,
         )
         loss = result.loss
         if hidden or weight or bias:
             loss = AttachGradient.apply(loss, result.grad_unit, result.grads, *inputs)
     return TokenLoss(loss=loss, **vars(result.stats), **_advantages(result.at_label))
+
+
+def _heads(student_head: LMHead, frozen_head: LMHead, temperature: float, rows: int | None) -> tuple[LMHead, LMHead]:
+    """Both heads complete, with the temperature, and of their first `rows` rows; one where they are the same."""
+    shared = student_head.same_head(frozen_head)  # gathered once under FSDP2
+    student = replace(student_head, temperature=temperature).full()
+    frozen = student if shared else replace(frozen_head, temperature=temperature).full()
+    if student.weight.shape[0] != frozen.weight.shape[0]:
+        raise InputError(
+            f"The student's head has {student.weight.shape[0]} vocabulary entries, the frozen head "
+            f"{frozen.weight.shape[0]}; both models need one tokenizer and one vocabulary size."
+        )
+    if rows is None:
+        return student, frozen
+    student = student.first_rows(rows)
+    return student, student if shared else frozen.first_rows(rows)
 
 
 def _checked_states(states: FrozenStates, names: tuple[str, ...], count: int) -> dict[str, Tensor]:

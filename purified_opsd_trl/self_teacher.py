@@ -135,6 +135,8 @@ def _shard_with_fsdp2(teacher: PreTrainedModel, accelerator: Accelerator) -> Any
 
 def check_arguments(args: PurifiedOPSDConfig, teacher_model: Any) -> None:
     """Refuses arguments of TRL's trainer that a self-teacher cannot honor."""
+    if not isinstance(args, PurifiedOPSDConfig):
+        raise InputError(f"`args` must be a PurifiedOPSDConfig, got {type(args).__name__}.")
     if teacher_model is not None:
         raise InputError(
             "The model is its own teacher, so `teacher_model` is not taken. To score with other weights, set "

@@ -115,6 +115,17 @@ def check_extras(training_args: PurifiedOPSDConfig, model_args: ModelConfig) -> 
         require_extra("wandb", "`report_to: wandb`")
 
 
+def _load_data(
+    script_args: PurifiedOPSDScriptArguments, training_args: PurifiedOPSDConfig, dataset_args: DatasetMixtureConfig
+) -> tuple[Any, Any]:
+    """Training data and, where the run evaluates, evaluation data, in the trainer's columns."""
+    splits = load_splits(script_args, dataset_args)
+    train = map_columns(pick_split(splits, script_args.dataset_train_split, "dataset_train_split"), script_args)
+    if training_args.eval_strategy == "no":
+        return train, None
+    return train, map_columns(pick_split(splits, script_args.dataset_test_split, "dataset_test_split"), script_args)
+
+
 def main(
     script_args: PurifiedOPSDScriptArguments,
     training_args: PurifiedOPSDConfig,
@@ -156,13 +167,7 @@ def main(
     checkpoint = check_checkpoint(training_args)
     if script_args.mapped_reference_column is not None:
         training_args.reference_column = script_args.mapped_reference_column
-    splits = load_splits(script_args, dataset_args)
-    train_dataset = pick_split(splits, script_args.dataset_train_split, "dataset_train_split")
-    eval_dataset = None
-    if training_args.eval_strategy != "no":
-        eval_dataset = map_columns(
-            pick_split(splits, script_args.dataset_test_split, "dataset_test_split"), script_args
-        )
+    train_dataset, eval_dataset = _load_data(script_args, training_args, dataset_args)
     # The quantization goes to the trainer as an argument of its own, not through `model_init_kwargs`
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
@@ -174,7 +179,7 @@ def main(
         trainer = PurifiedOPSDTrainer(
             model=name,
             args=training_args,
-            train_dataset=map_columns(train_dataset, script_args),
+            train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             quantization_config=get_quantization_config(model_args),
             peft_config=get_peft_config(model_args),

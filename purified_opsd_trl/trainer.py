@@ -24,7 +24,6 @@ from .collator import PurificationCollator, ScoringBatch, unpad
 from .config import PurifiedOPSDConfig
 from .contexts import Contexts
 from .dataset import AnyDataset, check_columns
-from .errors import InputError
 from .extras import require_extra
 from .markers import MarkerCounter, TokenClassifier
 from .model_card import DescribingTrainer
@@ -156,11 +155,7 @@ class PurifiedOPSDTrainer(
         purification_collator: PurificationCollator | None = None,
         teacher_model: None = None,
     ):
-        if args is None:
-            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
-            args = PurifiedOPSDConfig(f"{model_name.split('/')[-1]}-Purified-OPSD")
-        if not isinstance(args, PurifiedOPSDConfig):
-            raise InputError(f"`args` must be a PurifiedOPSDConfig, got {type(args).__name__}.")
+        args = _default_args(model) if args is None else args
         check_arguments(args, teacher_model)
         train_dataset, eval_dataset = as_datasets(train_dataset, eval_dataset)
         for name, dataset in named_datasets(train_dataset, eval_dataset):
@@ -198,9 +193,7 @@ class PurifiedOPSDTrainer(
         self._add_monitors()
         self.read_datasets()
         self.scoring_callback.attach(self, model if isinstance(model, str) else None)
-        models = [self.accelerator.unwrap_model(m) for m in (self.model, self.scoring_callback.teacher_model) if m]
-        limits = [limit for limit in map(longest_alike, models) if limit is not None]
-        self.purification_collator.alone_beyond = min(limits, default=None)
+        self.purification_collator.alone_beyond = self._longest_alike()
         self.connect_servers()
 
     def _default_collator(self) -> PurificationCollator:
@@ -210,6 +203,11 @@ class PurifiedOPSDTrainer(
             max_tokens=self.args.scoring_token_budget,
             pad_to_multiple_of=self.pad_to_multiple_of,  # "auto" is resolved by the config
         )
+
+    def _longest_alike(self) -> int | None:
+        """The shortest `longest_alike` of the models that run."""
+        models = [self.accelerator.unwrap_model(m) for m in (self.model, self.scoring_callback.teacher_model) if m]
+        return min((limit for limit in map(longest_alike, models) if limit is not None), default=None)
 
     # Monitors --------------------------------------------------------------------------------------------------------
 
@@ -319,3 +317,9 @@ class PurifiedOPSDTrainer(
 
     def _send_telemetry(self) -> None:
         """No network call that the user did not ask for: TRL's usage ping is not sent."""
+
+
+def _default_args(model: Any) -> PurifiedOPSDConfig:
+    """The configuration of a trainer that was given none."""
+    name = model if isinstance(model, str) else get_config_model_id(model.config)
+    return PurifiedOPSDConfig(f"{name.split('/')[-1]}-Purified-OPSD")

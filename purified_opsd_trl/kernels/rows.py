@@ -151,15 +151,30 @@ def _divergence_block(
     else:
         if floored:
             kl_forward = _dot(q, torch.sub(target, student, out=work), work) - log_zq + log_zp
-        ratio = _log_ratio(p, q, settings.beta, work)
-        kl_target = kl_forward - _dot(q, ratio, target)  # KL(q || m), and below -KL(p || m), plus log2(1 - beta)
-        mean = torch.mul(ratio, p, out=out).sum(-1)
-        mixture = (settings.beta * kl_target - (1 - settings.beta) * mean) * LN2
-        stats.per_token.copy_(mixture - math.log(1 - settings.beta))
-        if grad is not None:
-            out.addcmul_(p, mean.neg_().unsqueeze(-1))  # p (g - <g>_p); `grad_scale` turns the sign
+        _mixture(p, q, target, kl_forward, settings.beta, stats, work, None if grad is None else out)
     if grad is not None and out is not grad:
         grad.copy_(out)
+
+
+def _mixture(
+    p: Tensor,
+    q: Tensor,
+    spent: Tensor,
+    kl_forward: Tensor,
+    beta: float,
+    stats: RowStats,
+    work: Tensor,
+    grad: Tensor | None,
+) -> None:
+    """Divergence to the mixture `m`, and its gradient up to `grad_scale`; overwrites `spent` and `work`."""
+    ratio = _log_ratio(p, q, beta, work)
+    kl_target = kl_forward - _dot(q, ratio, spent)  # KL(q || m), and below -KL(p || m), plus log2(1 - beta)
+    product = torch.mul(ratio, p, out=work if grad is None else grad)
+    mean = product.sum(-1)
+    mixture = (beta * kl_target - (1 - beta) * mean) * LN2
+    stats.per_token.copy_(mixture - math.log(1 - beta))
+    if grad is not None:
+        grad.addcmul_(p, mean.neg_().unsqueeze(-1))  # p (g - <g>_p); `grad_scale` turns the sign
 
 
 def _log_ratio(p: Tensor, q: Tensor, beta: float, out: Tensor) -> Tensor:
