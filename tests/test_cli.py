@@ -80,7 +80,7 @@ def test_noise_of_other_packages_is_dropped(caplog: pytest.LogCaptureFixture) ->
         ("reference_column: true\n", r"`reference_column` must be text, got True\. Put it in quotes"),
         ("pmi_center: null\n", "`pmi_center` must be true or false, got nothing"),
         ("seed: one\n", "`seed` must be an integer, got 'one'"),
-        ("target: pmi\n", "`target` must be one of 'purified', 'teacher', got 'pmi'"),
+        ("target: pmi\n", "`target` must be one of purified, teacher, contrastive, gated, interpolated, got 'pmi'"),
         ("pmi_beta: .nan\n", "`pmi_beta` must be a number, got nan|`pmi_beta` must be a number above 0, got nan"),
     ],
 )
@@ -112,7 +112,7 @@ def test_an_old_name_is_refused_with_the_new_one(name: str) -> None:
     [
         ("--pmi_beta x", "`pmi_beta` must be a number, got 'x'"),
         ("--pmi-center maybe", "`pmi_center` must be true or false, got 'maybe'"),
-        ("--target pmi", "`target` must be one of 'purified', 'teacher', got 'pmi'"),
+        ("--target pmi", "`target` must be one of purified, teacher, contrastive, gated, interpolated, got 'pmi'"),
         ("--epistemic_markers", "epistemic_markers.*expected at least one argument"),
         ("--config", "Name one file after `--config`"),
     ],

@@ -671,7 +671,7 @@ def test_a_trainable_head_beside_lora_keeps_the_frozen_one(build: Build) -> None
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"target": "pmi"}, "`target` must be one of 'purified', 'teacher', got 'pmi'"),
+        ({"target": "pmi"}, "`target` must be one of purified, teacher, contrastive, gated, interpolated, got 'pmi'"),
         ({"pmi_beta": 0.0}, "`pmi_beta` must be a number above 0, got 0.0"),
         ({"pmi_clip": -1.0}, "`pmi_clip` must be a number at least 0 or null, got -1.0"),
         (
