@@ -20,6 +20,7 @@ os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # they would count among 
 _DATASETS_CACHE = tempfile.TemporaryDirectory(prefix="purified-opsd-tests-")
 os.environ["HF_DATASETS_CACHE"] = _DATASETS_CACHE.name
 
+import copy  # noqa: E402
 import json  # noqa: E402
 import socket  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
@@ -260,3 +261,36 @@ def arguments(tmp_path: Path) -> dict[str, Any]:
         "learning_rate": 1e-3,
         "seed": 0,
     }
+
+
+@pytest.fixture
+def build(
+    make_model: Callable[..., PreTrainedModel],
+    tokenizer: Any,
+    conversational_dataset: Dataset,
+    arguments: dict[str, Any],
+) -> Callable[..., Any]:
+    """Factory of trainers on the tiny model; `lora=True` and any field of the config."""
+    from purified_opsd_trl import PurifiedOPSDConfig, PurifiedOPSDTrainer
+    from tests.trainer_cases import LORA
+
+    def make(
+        lora: bool = False,
+        architecture: str = "qwen3",
+        trainer_class: type[PurifiedOPSDTrainer] = PurifiedOPSDTrainer,
+        trainer_kwargs: dict[str, Any] | None = None,
+        model_kwargs: dict[str, Any] | None = None,
+        **fields: Any,
+    ) -> PurifiedOPSDTrainer:
+        return trainer_class(
+            **{
+                "model": make_model(architecture, **(model_kwargs or {})),
+                "args": PurifiedOPSDConfig(**{**arguments, **fields}),
+                "train_dataset": conversational_dataset,
+                "processing_class": tokenizer,
+                "peft_config": copy.deepcopy(LORA) if lora else None,
+                **(trainer_kwargs or {}),
+            }
+        )
+
+    return make

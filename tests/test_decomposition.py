@@ -20,7 +20,7 @@ from purified_opsd_trl.monitoring.decomposition import (
 )
 from purified_opsd_trl.monitoring.metrics import TokenMeans
 from tests import reference
-from tests.test_trainer import Build, build, fixed_rollout, move_student  # noqa: F401  # `build` is a fixture
+from tests.trainer_cases import Build, fixed_rollout, move_student
 
 
 @pytest.mark.parametrize("scale", [0.1, 3.0, 30.0])

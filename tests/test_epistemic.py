@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from purified_opsd_trl.markers import DEFAULT_MARKERS
 from purified_opsd_trl.monitoring.epistemic import EpistemicMonitor, MarkerSums, RateGuard
-from tests.test_trainer import Build, build  # noqa: F401  # `build` is a fixture
+from tests.trainer_cases import Build
 
 
 def test_rates_are_totals_over_all_tokens() -> None:

@@ -20,7 +20,7 @@ from purified_opsd_trl.images import images_of, token_bound
 from purified_opsd_trl.multimodal import encode
 from purified_opsd_trl.rows import RowReader
 from tests import reference
-from tests.test_trainer import assert_one_step, move_student, one_step
+from tests.trainer_cases import assert_one_step, move_student, one_step
 from tests.vision import CONFIGS, IDS, build_processor, build_vlm, image_rows, picture
 
 

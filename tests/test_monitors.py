@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from tests.conftest import free_port
-from tests.test_trainer import Build, build  # noqa: F401  # `build` is a fixture
+from tests.trainer_cases import Build
 
 
 def test_the_per_token_table_is_kept_with_the_completions(build: Build) -> None:  # noqa: F811
@@ -65,7 +65,7 @@ WORKER = """
 import json, os, sys, torch
 from datasets import Dataset
 from purified_opsd_trl import PurifiedOPSDConfig, PurifiedOPSDTrainer
-from tests.test_trainer import fixed_rollout, move_student
+from tests.trainer_cases import fixed_rollout, move_student
 torch.set_num_threads(1)
 model, folder, batch = sys.argv[1:]
 rows = [{"prompt": f"What is {i} + {i * i}" + " now" * i + "?", "reference": f"It is {i + i * i}."} for i in range(8)]

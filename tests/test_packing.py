@@ -19,7 +19,7 @@ from purified_opsd_trl.collator import PurificationCollator
 from purified_opsd_trl.monitoring.metrics import training_metrics
 from purified_opsd_trl.packing import Forward, Packing, arrange
 from purified_opsd_trl.parts import loss_mask, take_part, with_more_forwards
-from tests.test_trainer import WAYS, Build, build, first_rows, fixed_rollout, move_student, one_step  # noqa: F401
+from tests.trainer_cases import WAYS, Build, first_rows, fixed_rollout, move_student, one_step
 
 
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}

@@ -13,7 +13,7 @@ import pytest
 from purified_opsd_trl.monitoring.page import line_chart, number, page, table
 from purified_opsd_trl.monitoring.report import ReportCallback, render
 from tests.browser import accessibility_violations, chromium, evaluate_in_page, html_errors, overflow, requests_made
-from tests.test_trainer import Build, build  # noqa: F401  # `build` is a fixture
+from tests.trainer_cases import Build
 
 
 @pytest.fixture
