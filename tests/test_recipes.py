@@ -18,6 +18,9 @@ from datasets import Dataset
 from transformers import AutoProcessor
 from trl.chat_template_utils import deepseek_r1_distill_chat_template, qwen3_chat_template
 
+from purified_opsd_trl import build_contexts
+from purified_opsd_trl.collator import shared_prefixes
+from purified_opsd_trl.config import REFERENCE_FIRST_TEACHER_PROMPT_TEMPLATE
 from purified_opsd_trl.errors import InputError
 from purified_opsd_trl.evaluate.arguments import parse as parse_evaluate
 from purified_opsd_trl.evaluate.paper import paper_rows
@@ -233,6 +236,25 @@ def test_long_recipes_are_the_papers_but_for_the_length(path: Path) -> None:
     )
     assert training.output_dir == f"outputs/{model}-purified-dasd-16k"
     assert f"purified-opsd train --config {path.relative_to(ROOT)}" in path.read_text()
+
+
+def test_the_recipe_with_the_reference_first_shares_its_prefix() -> None:
+    path = ROOT / "recipes/Qwen3-8B/purified_opsd/config_dasd_reference_first.yaml"
+    plain, ours = (yaml.safe_load(p.read_text()) for p in (path.with_name("config_dasd.yaml"), path))
+    different = {key for key in plain | ours if plain.get(key) != ours.get(key)}
+    assert different == {"teacher_prompt_template", "output_dir"}
+    assert f"purified-opsd train --config {path.relative_to(ROOT)}" in path.read_text()
+    _, training, _, _ = parse(["--config", str(path)])
+    assert training.teacher_prompt_template == REFERENCE_FIRST_TEACHER_PROMPT_TEMPLATE
+    row = {"prompt": "What is 1 + 1?", "reference": "two " * 100}
+    contexts = build_contexts(
+        row,
+        reference_column="reference",
+        teacher_prompt_template=training.teacher_prompt_template,
+        reference_prompt_template=training.reference_prompt_template,
+    )
+    ids = {name: [list(getattr(contexts, name).encode())] for name in ("teacher", "reference_only")}
+    assert len(shared_prefixes(ids)[0]) > len(row["reference"])
 
 
 def small_run(model: Path, data: Path, folder: Path) -> list[str]:
