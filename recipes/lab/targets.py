@@ -1,5 +1,5 @@
 """
-Probabilities of each result of a correct response under the three contexts and the purified target, untrained.
+Probabilities of each result of a correct response under the three contexts and two targets, untrained.
 
     python -m recipes.lab.targets --world repair --seed 0
 """
@@ -14,12 +14,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from purified_opsd_trl import purified_target_logits
+from purified_opsd_trl.targets import DENSE_TARGETS
 from recipes.lab.pretrain import CLEAN, MODULUS, WORLDS, pretrain
 from recipes.lab.run import EVAL_SEED, problems
 from recipes.lab.task import LABELS, REFERENCE_TEMPLATE, TEACHER_TEMPLATE, Problem, write_response
 
 
-DISTRIBUTIONS = ("base", "teacher", "reference only", "target")
+DISTRIBUTIONS = ("base", "teacher", "reference only", "target", "gated")
 Expectations = dict[str, dict[str, tuple[float, float]]]
 
 
@@ -53,10 +54,13 @@ def expectations(base: Path, held_out: list[Problem], pmi_beta: float = 1.0, pmi
         target = purified_target_logits(
             logits[1], logits[2], logits[0], pmi_beta=pmi_beta, pmi_clip=pmi_clip, pmi_center=True
         )
+        gated = DENSE_TARGETS["gated"].logits(
+            base=logits[0], teacher=logits[1], reference_only=logits[2], pmi_beta=pmi_beta, pmi_clip=pmi_clip
+        )
         for at in (i + 1 for i, word in enumerate(words) if word in LABELS):
             right, forgotten = ids[at], ids[at - 2]
             if right != forgotten:
-                for name, rows in zip(DISTRIBUTIONS, (*logits, target), strict=True):
+                for name, rows in zip(DISTRIBUTIONS, (*logits, target, gated), strict=True):
                     p = rows[at].softmax(-1)
                     seen[words[at - 1], name].append((p[right].item(), p[forgotten].item()))
     return {
