@@ -31,6 +31,7 @@ class AccumulatingTrainer(DistillingTrainer):
 
     eos_token_ids: list[int]  # TRL's
     run_inside: Any  # `PurifiedOPSDTrainer`'s
+    _in_step = False  # elsewhere `compute_loss` must not run backward
 
     # Packing ---------------------------------------------------------------------------------------------------------
 
@@ -107,7 +108,7 @@ class AccumulatingTrainer(DistillingTrainer):
         self._costs: list[dict[str, float]] = []
         done: list[torch.Tensor] = []
         for part in first:
-            if mode == "train":  # forward and backward, so that its activations are gone before the next
+            if self._in_step:  # forward and backward, so that its activations are gone before the next
                 with self._without_update(model):
                     done.append(Trainer.training_step(self, model, part, num_items_in_batch))
             else:
@@ -149,8 +150,11 @@ class AccumulatingTrainer(DistillingTrainer):
         self._ran = ran
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        started = time.perf_counter()
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        started, self._in_step = time.perf_counter(), True
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            self._in_step = False
         seconds = clock(self.accelerator.device) - started - self._preparing
         rows = self.args.per_device_train_batch_size * self.accelerator.num_processes
         config = self.model.config.get_text_config()

@@ -83,7 +83,8 @@ def deviations(model: Any, ids: list[int], pad_token_id: int, device: torch.devi
     """
     rows = [torch.tensor([ids[: max(2, len(ids) * n // LONG)]], device=device) for n in LENGTHS]
     alone = [states_alone(model, row) for row in rows]
-    logits = model(input_ids=rows[1], use_cache=False)["logits"]
+    # Not `model(...)`: its hooks have run, and under FSDP2 a second time would leave the weights gathered
+    logits = model.forward(input_ids=rows[1], use_cache=False)["logits"]
     head = LMHead.from_model(model)
     with gathered(head):
         own = head.logits(alone[1])

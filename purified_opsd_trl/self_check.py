@@ -78,9 +78,10 @@ class CheckedTrainer(Trainer):
         student = self.accelerator.unwrap_model(self.model_wrapped)
         with torch.no_grad(), self.accelerator.autocast(), without_dropout(student):
             self._check_states(self.model_wrapped, student, ids, "the student")
-            with self.scoring_callback.frozen_model() as (wrapped, frozen):
-                if frozen is not student:
-                    self._check_states(wrapped, frozen, ids, "the frozen model")
+            if type(self.scoring_callback).score is TeacherScoringCallback.score:  # else it may hold no model
+                with self.scoring_callback.frozen_model() as (wrapped, frozen):
+                    if frozen is not student:
+                        self._check_states(wrapped, frozen, ids, "the frozen model")
             if self.state.global_step == 0 and self._scores_itself():
                 self._check_policy(student, ids)
         if self.model.training:

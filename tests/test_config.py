@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from purified_opsd_trl import InputError, PurifiedOPSDConfig, config
+from purified_opsd_trl import InputError, PurifiedOPSDConfig, config_checks
 from purified_opsd_trl.arguments import CommandParser
 
 
@@ -163,7 +163,7 @@ def test_use_cpu_is_inferred(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Log
 
 def test_a_device_without_bf16_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    monkeypatch.setattr(config, "is_torch_bf16_gpu_available", lambda: False)
+    monkeypatch.setattr(config_checks, "is_torch_bf16_gpu_available", lambda: False)
     with pytest.raises(
         InputError, match="`bf16` is the default, but this device does not support it. Set `bf16: false`"
     ):

@@ -148,7 +148,7 @@ def test_custom_target_of_another_shape() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [
-        ("target", "student", "'purified' or 'teacher'"),
+        ("target", "student", "one of purified, teacher, contrastive"),
         ("loss_type", "kl", "'divergence' or 'sampled_token'"),
         ("beta", 1.5, "from 0 to 1"),
         ("beta", math.nan, "from 0 to 1"),

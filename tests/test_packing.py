@@ -243,7 +243,7 @@ def test_the_budget_bounds_what_the_student_runs_at_once(build: Build) -> None: 
         body, sizes = trainer.model.base_model, ran.setdefault(way, [])
         body.register_forward_hook(
             lambda module, args, kwargs, output, sizes=sizes: (
-                module.training and sizes.append(kwargs["input_ids"].numel())
+                sizes.append(kwargs["input_ids"].numel()) if module.training else None
             ),
             with_kwargs=True,
         )

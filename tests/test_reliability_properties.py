@@ -20,6 +20,7 @@ from trl import DatasetMixtureConfig
 
 from purified_opsd_trl import InputError, PurifiedOPSDConfig, PurifiedOPSDTrainer, TeacherScoringCallback
 from purified_opsd_trl.collator import unpad
+from purified_opsd_trl.config_checks import check_templates
 from purified_opsd_trl.dataset import FirstStepGuard, as_dataset, check_columns
 from purified_opsd_trl.loading import PurifiedOPSDScriptArguments, load_splits, map_columns
 from purified_opsd_trl.scores import TeacherScores
@@ -171,7 +172,7 @@ def read(
     names = {f"{name}_prompt_template": template for name, (template, _) in templates.items()}
     for name, template in names.items():
         setattr(trainer.args, name, template)
-    trainer.args._check_templates()
+    check_templates(trainer.args)
     trainer._tokenizer.chat_template = chat_template
     data: Any = as_dataset(rows, "train_dataset")
     if stream:

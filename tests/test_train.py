@@ -203,7 +203,10 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ({"dataset_name": "nowhere.jsonl"}, r"no file nowhere\.jsonl"),
         ({"dataset_name": None}, "No dataset is named"),
         ({"model_name_or_path": None}, "No model is named"),
-        ({"target": "pmi"}, "`target` must be one of .purified., .teacher., got .pmi.\\."),
+        (
+            {"target": "pmi"},
+            "`target` must be one of purified, teacher, contrastive, gated, interpolated, got 'pmi'\\.",
+        ),
         ({"resume_from_checkpoint": "true"}, "holds no checkpoint"),
         ({"resume_from_checkpoint": "nowhere"}, "no folder nowhere"),
         ({"max_completion_length": 5000}, "leaves no room for a prompt"),

@@ -232,7 +232,7 @@ class ServedTrainer(Trainer):
         def log_probabilities() -> torch.Tensor:
             ids = torch.tensor([prompt], device=self.accelerator.device)
             with self.accelerator.autocast():
-                logits = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+                logits = self.model.forward(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
             return logits[0, -1].float().log_softmax(-1)
 
         training = self.model.training
