@@ -192,8 +192,9 @@ class CheckedTrainer(Trainer):
     def _check_gradients(self, gradients: "LayerGradients") -> None:
         names, sums = zip(*sorted(gradients.take().items()), strict=True) if gradients.layers else ((), ())
         missing = missing_layers(dict(zip(names, self._largest(*sums), strict=True)))
-        if len(missing) == len(names) and self.is_deepspeed_enabled:
-            return  # it may keep the gradients where hooks do not see them
+        sharded = self.is_deepspeed_enabled or any(isinstance(p, DTensor) for p in self.model.parameters())
+        if len(missing) == len(names) and sharded:
+            return  # DeepSpeed and FSDP2 may keep the gradients where hooks do not see them
         if missing:
             raise InputError(
                 f"Self-check: no gradient reaches {', '.join(missing)}, although the loss is not zero. Something "
