@@ -11,7 +11,8 @@ from trl import ModelConfig
 
 from .config import PurifiedOPSDConfig
 from .errors import InputError
-from .estimate import Kept, Machine, Model, Step, memory, simulate
+from .estimate import Machine, Model, Step, simulate
+from .memory import Kept, memory
 
 
 @dataclass(frozen=True)

@@ -92,10 +92,8 @@ def token_bound(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], int] | No
     if backend is None:
         return None
     extra = backend.num_special_tokens_to_add(False)
-    normalizers, pre_tokenizers = (
-        _parts(backend.normalizer, "normalizers"),
-        _parts(backend.pre_tokenizer, "pretokenizers"),
-    )
+    normalizers = _parts(backend.normalizer, "normalizers")
+    pre_tokenizers = _parts(backend.pre_tokenizer, "pretokenizers")
     kinds = {part["type"] for part in normalizers}
     byte_level = [part for part in pre_tokenizers if part["type"] == "ByteLevel"]
     if byte_level and kinds <= {"NFC"} and not any(part["add_prefix_space"] for part in byte_level):

@@ -13,7 +13,8 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 
-from purified_opsd_trl.estimate import Cost, Kept, Machine, Model, Step, balance, memory, simulate, step_seconds
+from purified_opsd_trl.estimate import Cost, Machine, Model, Step, balance, simulate, step_seconds
+from purified_opsd_trl.memory import Kept, memory
 
 
 PRESETS = {

@@ -11,7 +11,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from purified_opsd_trl import PurifiedOPSDTrainer, cli
-from purified_opsd_trl.estimate import Kept, Machine, Model, Step, memory
+from purified_opsd_trl.estimate import Machine, Model, Step
+from purified_opsd_trl.memory import Kept, memory
 from purified_opsd_trl.plan import Layout
 from purified_opsd_trl.train import main, make_parser
 

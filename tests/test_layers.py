@@ -9,7 +9,19 @@ import purified_opsd_trl
 
 ROOT = Path(purified_opsd_trl.__file__).parent
 LAYERS = (
-    {"errors", "extras", "env", "arguments", "markers", "backbone", "packing", "estimate", "images", "multimodal"},
+    {
+        "errors",
+        "extras",
+        "env",
+        "arguments",
+        "markers",
+        "backbone",
+        "packing",
+        "estimate",
+        "memory",
+        "images",
+        "multimodal",
+    },
     {"head", "purification", "targets"},
     {"kernels"},
     {"config", "config_checks", "contexts", "scores", "rows", "dataset", "loading", "references"},
