@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from .worker import NEW_TOKENS, greedy
+from .worker import SETTINGS, greedy
 
 
 class Watcher(TrainerCallback):
@@ -64,22 +64,10 @@ def build(plan: dict[str, Any], watcher: Watcher) -> Any:
     args = PurifiedOPSDConfig(
         plan["output"],
         **(served if plan["servers"] else {"generation_kwargs": {"do_sample": False}}),
-        max_completion_length=NEW_TOKENS,
-        model_init_kwargs={"dtype": "float32", "attn_implementation": "eager"},
-        learning_rate=2e-2,  # so that every step changes the greedy tokens
-        lr_scheduler_type="constant",
-        per_device_train_batch_size=4,
         max_steps=6,  # of 4 per epoch
         save_steps=3,
-        logging_steps=1,
         decomposition_steps=0,
-        report_to="none",
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        dataloader_pin_memory=False,
-        disable_tqdm=True,
-        seed=0,
+        **SETTINGS,
     )
     rank = plan.get("rank", 4)
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")

@@ -16,6 +16,21 @@ import torch
 
 
 NEW_TOKENS = 12
+SETTINGS: dict[str, Any] = {  # of every run beside vLLM
+    "max_completion_length": NEW_TOKENS,
+    "model_init_kwargs": {"dtype": "float32", "attn_implementation": "eager"},
+    "learning_rate": 2e-2,  # so that every step changes the greedy tokens
+    "lr_scheduler_type": "constant",
+    "per_device_train_batch_size": 4,
+    "logging_steps": 1,
+    "report_to": "none",
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "dataloader_pin_memory": False,
+    "disable_tqdm": True,
+    "seed": 0,
+}
 
 
 def patch_for_cpu() -> None:
@@ -48,21 +63,9 @@ def build(plan: dict[str, Any]) -> Any:
         use_vllm=True,
         vllm_gpu_memory_utilization=0.3,
         generation_kwargs={"temperature": 0.0},
-        max_completion_length=NEW_TOKENS,
-        model_init_kwargs={"dtype": "float32", "attn_implementation": "eager"},
-        learning_rate=2e-2,  # so that every step changes the greedy tokens
-        lr_scheduler_type="constant",
-        per_device_train_batch_size=4,
         max_steps=4,
         save_steps=2,
-        logging_steps=1,
-        report_to="none",
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        dataloader_pin_memory=False,
-        disable_tqdm=True,
-        seed=0,
+        **SETTINGS,
     )
     lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     return PurifiedOPSDTrainer(
