@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .estimate import Model
+
 
 # Tokens below which a forward takes no less time: its launches, or its reading of the weights, outweigh the products
 MIN_TOKENS = 64
@@ -80,9 +82,9 @@ class Packing:
         inner = getattr(text, "intermediate_size", None) or 4 * hidden
         if (experts := getattr(text, "num_experts_per_tok", None)) is not None:
             inner = experts * (getattr(text, "moe_intermediate_size", None) or inner)
-        weights = 2 * hidden * head_dim * (heads + groups) + 3 * hidden * inner
         layers = text.num_hidden_layers
-        return cls(by_cost and dense, dense, 2.0 * layers * weights, 4.0 * layers * heads * head_dim)
+        body = Model(layers, hidden, heads, groups, head_dim, inner, vocab=0).body
+        return cls(by_cost and dense, dense, 2.0 * body, 4.0 * layers * heads * head_dim)
 
     def flops(self, lengths: Sequence[int], packed: bool) -> float:
         """FLOPs of one forward over sequences of these lengths; causal attention without a mask takes half."""
