@@ -17,14 +17,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.utils import cached_file
 from trl import ModelConfig, get_peft_config
 
-from .contexts import Contexts, build_contexts
-from .dataset import DatasetCheck
+from .contexts import Contexts
+from .dataset import DatasetCheck, check_columns
 from .env import accelerators, run_versions
 from .errors import InputError, one_line
 from .extras import require_extra
 from .loading import load_splits, map_columns, pick_split
 from .plan import Layout, Plan
 from .reading import make_reader
+from .references import configured_contexts, with_other_references
 from .train import check_extras, check_model, launch_arguments, make_parser
 
 
@@ -53,12 +54,7 @@ class _Check:
         if script.mapped_reference_column is not None:
             args.reference_column = script.mapped_reference_column
         self.layout = Layout.of_launcher(launcher)
-        self.build: Callable[[Any], Contexts] = partial(
-            build_contexts,
-            reference_column=args.reference_column,
-            teacher_prompt_template=args.teacher_prompt_template,
-            reference_prompt_template=args.reference_prompt_template,
-        )
+        self.build: Callable[[Any], Contexts] = partial(configured_contexts, args=args)
 
     def versions(self) -> str:
         return ", ".join(f"{name} {version}" for name, version in run_versions().items())
@@ -107,6 +103,8 @@ class _Check:
             map_columns(pick_split(splits, self.script.dataset_test_split, "dataset_test_split"), self.script)
         train = pick_split(splits, self.script.dataset_train_split, "dataset_train_split")
         self.dataset = map_columns(train, self.script)
+        check_columns(self.dataset, "train_dataset", self.args.reference_column)
+        self.dataset = with_other_references(self.dataset, self.args, "train_dataset")
         if isinstance(self.dataset, IterableDataset):
             self.dataset = Dataset.from_list(list(self.dataset.take(_SAMPLE)))
             return f"{self.script.dataset_name}: a stream, of which {len(self.dataset):,} rows are read"

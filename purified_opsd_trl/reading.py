@@ -11,11 +11,11 @@ from transformers import Trainer
 
 from .backbone import context_length
 from .config import PurifiedOPSDConfig
-from .contexts import Contexts, Prompt, build_contexts
+from .contexts import Contexts, Prompt
 from .dataset import AnyDataset, DatasetCheck, FirstStepGuard, as_dataset, check_columns
 from .errors import InputError
 from .images import IMAGE_COLUMNS, check_reads_images
-from .references import OTHER_REFERENCE, with_other_references
+from .references import OTHER_REFERENCE, configured_contexts, seen_column, with_other_references
 from .rows import RowReader
 
 
@@ -36,13 +36,7 @@ class ReadingTrainer(Trainer):
             column = next((column for column in dataset.column_names or () if column in IMAGE_COLUMNS), None)
             check_reads_images(self.processing_class, column, f"{name}: ")
         self.reader = make_reader(
-            args,
-            self.processing_class,
-            self.build_contexts,
-            self.model,
-            self.chat_template,
-            self.tools,
-            self._reference_column(),
+            args, self.processing_class, self.build_contexts, self.model, self.chat_template, self.tools
         )
         # What these read of a row cannot be fingerprinted
         overridden = type(self).build_contexts is not ReadingTrainer.build_contexts or args.target == "contrastive"
@@ -100,19 +94,7 @@ class ReadingTrainer(Trainer):
         Raises:
             `InputError`: if the row cannot be used.
         """
-        contrastive = self.args.target == "contrastive"
-        return build_contexts(
-            row,
-            reference_column=self._reference_column(),
-            wrong_reference_column=(self.args.wrong_reference_column or OTHER_REFERENCE) if contrastive else None,
-            without_reference=self.args.reference_source == "none",
-            teacher_prompt_template=self.args.teacher_prompt_template,
-            reference_prompt_template=self.args.reference_prompt_template,
-        )
-
-    def _reference_column(self) -> str:
-        """Column of the reference that teacher and probe see."""
-        return OTHER_REFERENCE if self.args.reference_source == "other" else self.args.reference_column
+        return configured_contexts(row, self.args)
 
     def template_kwargs(self, student: bool) -> dict[str, Any]:
         """Chat template arguments; those of teacher and reference-only probe may differ (thinking on or off)."""
@@ -138,10 +120,9 @@ def make_reader(
     model: Any,
     chat_template: str | None = None,
     tools: list[Any] | None = None,
-    reference_column: str | None = None,
 ) -> RowReader:
     """
-    The reader of rows that `args` ask for; `reference_column` replaces theirs.
+    The reader of rows that `args` ask for.
 
     Raises:
         `InputError`: if the completion alone fills the model's context.
@@ -157,7 +138,7 @@ def make_reader(
     return RowReader(
         processing_class,
         build_contexts,
-        reference_column or args.reference_column,
+        seen_column(args),
         template_kwargs={"tools": tools or None, "chat_template": chat_template, **kwargs},
         max_reference_length=args.max_reference_length,
         max_prompt_length=None if context is None else context - args.max_completion_length,

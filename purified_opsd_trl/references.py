@@ -1,5 +1,5 @@
 """
-References of other rows: for the control `reference_source: other`, and wrong ones for `target: contrastive`.
+Which reference teacher and probe see: the row's own, none, or another row's; and wrong ones for `target: contrastive`.
 """
 
 import json
@@ -10,11 +10,44 @@ from typing import Any
 from datasets import IterableDataset
 
 from .config import PurifiedOPSDConfig
+from .contexts import Contexts, build_contexts
 from .dataset import AnyDataset
 from .errors import InputError
 
 
 OTHER_REFERENCE = "other_reference"  # column that is added
+
+
+def seen_column(args: PurifiedOPSDConfig) -> str:
+    """Column of the reference that teacher and probe see."""
+    return OTHER_REFERENCE if args.reference_source == "other" else args.reference_column
+
+
+def configured_contexts(row: Mapping[str, Any], args: PurifiedOPSDConfig) -> Contexts:
+    """
+    Builds the prompts of a row as the settings say.
+
+    Args:
+        row (`Mapping[str, Any]`):
+            Row of a dataset that went through [`with_other_references`].
+        args ([`PurifiedOPSDConfig`]):
+            Configuration.
+
+    Returns:
+        [`Contexts`]
+
+    Raises:
+        `InputError`: if the row cannot be used.
+    """
+    wrong = (args.wrong_reference_column or OTHER_REFERENCE) if args.target == "contrastive" else None
+    return build_contexts(
+        row,
+        reference_column=seen_column(args),
+        wrong_reference_column=wrong,
+        without_reference=args.reference_source == "none",
+        teacher_prompt_template=args.teacher_prompt_template,
+        reference_prompt_template=args.reference_prompt_template,
+    )
 
 
 def other_rows(keys: Sequence[str], seed: int) -> list[int]:

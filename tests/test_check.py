@@ -63,9 +63,11 @@ def part(output: str, name: str) -> str:
     return line.removeprefix(name).strip()
 
 
+@pytest.mark.parametrize("source", ["own", "other", "none"])
 def test_it_shows_the_prompts_that_training_scores(
-    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    words: list[str], source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    words = [*words, "--reference_source", source]
     status, output = printed(capsys, words)
     assert status == 0 and "FAILED" not in output
     assert not (tmp_path / "run").exists()
