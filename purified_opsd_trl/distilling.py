@@ -159,7 +159,8 @@ class DistillingTrainer(Trainer):
         self._loss_sums = loss_sums(result, num_tokens, clock(device) - started)
         counts = {"student_tokens": sum(row_lengths(inputs)), "student_padded": padded}
         self._loss_sums |= {name: torch.tensor(count, device=device) for name, count in counts.items()}
-        bad = ~(result.per_token * result.loss.detach()).isfinite()  # [N]
+        bad = ~result.per_token.isfinite()  # [N]
+        bad |= ~(bad.any() | result.loss.detach().isfinite())  # a sum of finite losses may overflow
         self._loss_sums["not_finite"] = bad.sum()
         self._bad_rows = valid.nonzero()[:, 0][bad]
         return result.loss, result.student_entropy.sum(), num_tokens

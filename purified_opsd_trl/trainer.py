@@ -306,7 +306,8 @@ class PurifiedOPSDTrainer(
 
     def run_inside(self, wrapped: torch.nn.Module, unwrapped: Any, function: Callable[..., Any], *args: Any) -> Any:
         """Calls a function inside the forward of what DDP, FSDP or DeepSpeed made of a model."""
-        return self._forward_redirection(wrapped, unwrapped, function, *args)
+        # In a tuple, since ZeRO-3 takes apart what a forward returns and cannot do that to a number
+        return self._forward_redirection(wrapped, unwrapped, lambda *own: (function(*own),), *args)[0]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"

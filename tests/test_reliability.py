@@ -157,6 +157,10 @@ class NaNTarget(PurifiedOPSDTrainer):
         return teacher.log() if self.state.global_step == 2 else teacher  # NaN for negative logits
 
 
+def one_row_of_nan(inputs: dict[str, Any]) -> torch.Tensor:
+    return inputs["base_hidden"].index_fill(0, torch.tensor([1]), math.nan)
+
+
 class Spoil(TrainerCallback):
     """Spoils something before the third step."""
 
@@ -168,7 +172,7 @@ class Spoil(TrainerCallback):
             self.spoil()
 
 
-@pytest.mark.parametrize("cause", ["custom target", "teacher's head", "gradient"])
+@pytest.mark.parametrize("cause", ["custom target", "teacher's head", "gradient", "states of one row"])
 def test_training_stops_before_an_update_that_is_not_finite(model_dir: Path, tmp_path: Path, cause: str) -> None:
     cls = NaNTarget if cause == "custom target" else PurifiedOPSDTrainer
     trainer = build_trainer(model_dir, tmp_path, cls=cls, save_total_limit=1, teacher_model_kind="ema")
@@ -179,12 +183,16 @@ def test_training_stops_before_an_update_that_is_not_finite(model_dir: Path, tmp
                 trainer.scoring_callback.teacher_model.get_output_embeddings().weight[5, 3] = math.inf
         elif cause == "gradient":
             next(trainer.model.parameters()).register_hook(lambda gradient: gradient * math.nan)
+        elif cause == "states of one row":
+            parts = trainer._parts
+            trainer._parts = lambda model, inputs: parts(model, {**inputs, "base_hidden": one_row_of_nan(inputs)})
 
     trainer.add_callback(Spoil(spoil))
+    row = r"1 of the batch \(one of 1" if cause == "states of one row" else r"\d of the batch "
     named = (
         "the gradient norm is nan"
         if cause == "gradient"
-        else r"the loss of row \d of the batch .*prompt ends with '.*what is \d+ \+"
+        else rf"the loss of row {row}.*prompt ends with '.*what is \d+ \+"
     )
     with pytest.raises(FloatingPointError, match=rf"Step 3: {named}.*before the update"):
         trainer.train()

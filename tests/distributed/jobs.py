@@ -40,7 +40,7 @@ class Job:
         stages (`tuple`): what else to do: `"evaluate"`, `"save"` (and reload), `"sample"` (rollouts at random instead
             of greedily), `"checkpoints"` (after every second step), `"die_in_step"` and `"die_in_write"` (the process
             kills itself in its third step, or while it writes its second checkpoint), `"stop_in_step"` (it sends
-            itself SIGTERM in its third step), `"nan_in_step"` (the other processes score NaN in their third step).
+            itself SIGTERM in its third step), `"nan_in_step"` (the first row of the others' third step scores NaN).
         resume (`str` or `bool`, *optional*): checkpoint to resume from, below the folder of all jobs; `True` finds it.
         output (`str`, *optional*): name of the job whose folder is trained in.
         server (`str`, *optional*): address of a server that writes the rollouts; the learning rate is then such that
@@ -140,7 +140,7 @@ def build(job: Job, model_dir: str, folder: Path, num_processes: int, deepspeed:
     if "stop_in_step" in job.stages and main:
         at_step(trainer, "_compute_loss", 2, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     if "nan_in_step" in job.stages and not main:
-        at_step(trainer, "_compute_loss", 2, lambda _, inputs, *__: inputs["base_hidden"].fill_(math.nan))
+        at_step(trainer, "_parts", 2, lambda _, inputs: inputs["base_hidden"][0].fill_(math.nan))
     return trainer
 
 

@@ -271,5 +271,5 @@ def test_one_process_whose_loss_is_not_finite_stops_all(model_dir: Path, tmp_pat
     finally:
         world.kill()
     logs = world.logs(size=10**7)
-    assert logs.count("FloatingPointError: Step 3: the loss of row 0 of the batch") == 2  # the row of one of them
+    assert logs.count("FloatingPointError: Step 3: the loss of row 0 of the batch") == 2  # both name the row of one
     assert [folder.name for folder in (tmp_path / "stopped" / "run").glob("checkpoint-*")] == ["checkpoint-2"]
