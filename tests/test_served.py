@@ -349,7 +349,11 @@ def test_an_answer_that_is_none(build: Any, serve: Any, answer: Any) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"vllm_adapter_sync": True}, "`vllm_adapter_sync` needs `use_vllm: true` and `vllm_mode: server`"),
+        ({"vllm_adapter_sync": True}, "`vllm_adapter_sync` needs `use_vllm: true`"),
+        (
+            {"use_vllm": True, "vllm_adapter_sync": True, "vllm_enable_sleep_mode": True},
+            "`vllm_adapter_sync` with `vllm_mode: colocate` needs `vllm_enable_sleep_mode: false`",
+        ),
         ({"rollouts_ahead": 1}, "`rollouts_ahead` needs a server"),
         ({"rollouts_ahead": -1}, "`rollouts_ahead` must be an integer at least 0"),
         ({"vllm_server_base_url": ["http://a", "http://b"]}, "must be one address without"),
@@ -361,7 +365,7 @@ def test_an_answer_that_is_none(build: Any, serve: Any, answer: Any) -> None:
             "`loss_type: sampled_token` weights tokens as if",
         ),
     ],
-    ids=["mode", "ahead", "negative", "addresses", "sampled_token"],
+    ids=["vllm", "asleep", "ahead", "negative", "addresses", "sampled_token"],
 )
 def test_settings_that_do_not_go_together(arguments: dict[str, Any], fields: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):

@@ -30,10 +30,15 @@ _NOW = -1  # number of a batch that is requested and taken at once
 _TOLERANCE = 0.5  # nats; bf16 and fp8 differ by some hundredths, another model by several nats
 
 
+def sends_to_servers(args: PurifiedOPSDConfig) -> bool:
+    """Whether rollouts come from servers that are sent the adapter."""
+    return args.vllm_adapter_sync and args.vllm_mode == "server"
+
+
 @contextmanager
 def without_trls_client(args: PurifiedOPSDConfig) -> Iterator[None]:
     """Keeps TRL from connecting to servers of `vllm_adapter_sync` itself: its client opens an NCCL group."""
-    used, args.use_vllm = args.use_vllm, args.use_vllm and not args.vllm_adapter_sync
+    used, args.use_vllm = args.use_vllm, args.use_vllm and not sends_to_servers(args)
     try:
         yield
     finally:
@@ -76,7 +81,7 @@ class ServedTrainer(Trainer):
                 asks for what cannot be served.
         """
         args = self.args
-        if not args.vllm_adapter_sync:
+        if not sends_to_servers(args):
             return
         check_servable(self.model)
         if self.tools and (args.rollouts_ahead or self.accelerator.num_processes > 1):
@@ -168,7 +173,7 @@ class ServedTrainer(Trainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> Any:
-        if not self.args.vllm_adapter_sync:
+        if not sends_to_servers(self.args):
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         self._end_session()
         try:
@@ -191,7 +196,7 @@ class ServedTrainer(Trainer):
             self.accelerator.print(f"All vLLM servers are lost: {folder} holds the {step} steps that were taken.")
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        if self.args.vllm_adapter_sync and not self.is_in_train:
+        if sends_to_servers(self.args) and not self.is_in_train:
             self._end_session()
         return super().evaluation_loop(*args, **kwargs)
 
@@ -281,7 +286,7 @@ class ServedTrainer(Trainer):
     def _generate_single_turn(
         self, prompt_ids: list[list[int]], images: Any, multimodal_fields: Any, has_tool_images: bool = False
     ) -> list[list[int]]:
-        if not self.args.vllm_adapter_sync:
+        if not sends_to_servers(self.args):
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)  # type: ignore[misc]
         if images is not None:
             raise InputError("`vllm_adapter_sync` serves text alone, but rows hold images. Set it to false.")
