@@ -3,6 +3,7 @@ The part of the trainer that trains: the student's forward, the token loss, and 
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers import Trainer
 from .collator import PurificationCollator
 from .config import PurifiedOPSDConfig
 from .head import LMHead
+from .kernels.settings import LossSettings
 from .loss import FrozenStates, required_states, token_loss
 from .monitoring.decomposition import DecompositionMonitor
 from .monitoring.metrics import TokenMeans, clock, loss_sums, reduce_loss_sums
@@ -118,6 +120,15 @@ class DistillingTrainer(Trainer):
         count = self._bad_rows.unique().numel()
         return f"row {part.rows[row]} of the batch (one of {count}; its prompt ends with {text[-80:]!r})"
 
+    def _present_settings(self) -> LossSettings:
+        """Settings of the loss at this step, by which the weight of `target: interpolated` may change."""
+        end, settings = self.args.interpolation_weight_end, self.loss_settings
+        if end is None:
+            return settings
+        share = min(1.0, self.state.global_step / max(1, self.state.max_steps - 1))
+        weight = settings.interpolation_weight * (1 - share) + end * share
+        return replace(settings, interpolation_weight=weight)
+
     def _frozen_states(self, inputs: dict[str, Any], written: torch.Tensor) -> dict[str, Callable[[], torch.Tensor]]:
         """Begins to bring the states `[N, H]` of the tokens with loss to the device."""
         stored_on = next((value.device for name, value in inputs.items() if name.endswith("_hidden")), written.device)
@@ -161,7 +172,7 @@ class DistillingTrainer(Trainer):
                 frozen_states,
                 frozen_head,
                 weights,
-                self.loss_settings,
+                self._present_settings(),
                 labels=inputs["completion_ids"].to(device)[valid],
                 target_logits=self._custom_target,
                 used_vocab=self._used_vocab,

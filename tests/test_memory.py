@@ -72,8 +72,8 @@ def test_stored_scores_take_the_bytes_that_were_counted(
     del kept
     with LivingStates((4, 8, hidden)) as living:  # the next step, beside what the last has left
         one_step(trainer, rows)
-    # Eight sequences scored at once, rows trained on by themselves: scoring is the largest phase, and all but the layer
-    # that runs is states
+    # Eight sequences scored at once, rows trained on by themselves: scoring is the largest phase, the layer that runs
+    # and the states
     step = replace(step, scoring_batch=8, train_tokens=1, trainable_head=False)
     counted = memory(plan.model(), step, machine, Kept(0, 0), loss_budget=0)["largest phase"]
     layer = 8 * 8 * (2 * plan.model().intermediate + 4 * hidden) * 4
