@@ -195,7 +195,7 @@ def test_scoring_memory_follows_the_token_budget(build: Callable[..., PurifiedOP
 
 
 @on_both
-def test_offloaded_states_travel_beside_the_computation(
+def test_offloaded_states_are_copied_beside_computation(
     build: Callable[..., PurifiedOPSDTrainer], device: str
 ) -> None:
     copies, shape = HostCopies(torch.device(device)), (2048, 512)

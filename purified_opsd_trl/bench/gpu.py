@@ -45,7 +45,7 @@ _NOTES = {
     "train": "The demo's model, if `make demo` has put it into .cache; else random weights.",
     "step": "MFU: model FLOPs, without recomputation, by the rate of a large matrix product in the same process.",
     "long": "A public trainer (prime-rl) reports 13,300 (0.6B) and 6,200 (4B) tokens per second for one model and one "
-    "context on an H100. A purified step makes four passes, so a quarter of that compares with the tokens per second here.",
+    "context on an H100. A purified step makes four passes, so a quarter of that compares with ours.",
 }
 _PUBLIC_SPEED = {"Qwen3-0.6B": 13_300, "Qwen3-4B": 6_200, "toy": 13_300}  # tokens per second; toy: for its report
 _TOY_STEP = (
