@@ -23,7 +23,7 @@ KINDS = {
     "ema": {"teacher_model_kind": "ema", "teacher_update_rate": 0.3},
     "packed parts": {
         **{"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "padding_free": "true"},
-        **{"train_token_budget": 150, "offload_scores": True},
+        **{"train_token_budget": 40, "offload_scores": True},
     },
     "streamed": {"stream": True, "max_steps": 12},
 }
