@@ -241,7 +241,8 @@ class PurifiedOPSDTrainer(
             if isinstance(callback, EpistemicMonitor):
                 self._token_means[mode].add(callback.observe(texts, ids, self.accelerator, mode == "train"))
             elif isinstance(callback, ReportCallback) and mode == "train":
-                callback.observe(self.state.global_step, [row["prompt"] for row in rows], texts)
+                prompts = [row["prompt"] for row in rows]
+                callback.observe(self.state.global_step, prompts, texts, self.last_rollout)
 
     # Rollout and scoring ---------------------------------------------------------------------------------------------
 

@@ -65,6 +65,7 @@ class ServedTrainer(Trainer):
     _published: int | None = None  # newest version on the servers, known to every process
     _coming: Iterator[tuple[int, list[dict[str, Any]]]] | None = None
     _requested: dict[int, list[list[int]]]  # own prompts of the batches that were requested
+    last_rollout: Rollout | None = None  # of the batch that is trained on
     _next_batch = 0  # number of the first batch that was not requested
     _first_version = 0
     _resumed_from: str | None = None
@@ -299,7 +300,7 @@ class ServedTrainer(Trainer):
             self._request(step, version, prompt_ids)
         else:
             self._request_coming(self._coming, step)
-        rollout = self._take(step, prompt_ids)
+        self.last_rollout = rollout = self._take(step, prompt_ids)
         for name, value in rollout.metrics(step).items():
             self._metrics["train"][name].append(value)
         return rollout.completions[self.accelerator.process_index]
