@@ -3,6 +3,7 @@
 import copy
 import io
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -239,6 +240,8 @@ def test_a_tool_that_returns_an_image_or_text(build: Build, shows: bool) -> None
         return [{"type": "image", "image": picture(50, 24, 24)}, {"type": "text", "text": "seen"}] if shows else "seen"
 
     trainer = build("qwen3_vl", max_completion_length=400, tools=[look])
+    images = trainer.processing_class.image_processor
+    images.preprocess = partial(images.preprocess, return_tensors="pt")  # as those of torchvision do, and TRL expects
     move_student(trainer)
     call = [IDS["<tool_call>"], *b'\n{"name": "look", "arguments": {}}\n', IDS["</tool_call>"], 260]
     turns = iter([[call, [*b"no", 260], [*b"none", 260], call], [[*b"done", 260], [*b"there", 260]]])

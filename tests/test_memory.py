@@ -64,13 +64,15 @@ def test_stored_scores_take_the_bytes_that_were_counted(
     step, machine = replace(plan._step([0, 0]), completion=8), Machine(gpus=1, bytes_per_weight=4)
     hidden = trainer.model.config.hidden_size
     rows = [trainer.train_dataset[i] for i in range(4)]
-    one_step(trainer, rows)
+    living = LivingStates((4, 8, hidden))
+    with living:
+        one_step(trainer, rows)
     kept = [value for name, value in trainer._buffered_inputs[0].items() if name.endswith("_hidden")]
     assert len(kept) == states == step.states and len(step.contexts) == contexts
     assert sum(value.nbytes for value in kept) == stored_scores(plan.model(), step, machine)
     assert {value.shape for value in kept} == {(4, 8, hidden)}
     del kept
-    with LivingStates((4, 8, hidden)) as living:  # the next step, beside what the last has left
+    with living:  # the next step, beside what the last has left
         one_step(trainer, rows)
     # Eight sequences scored at once, rows trained on by themselves: scoring is the largest phase, the layer that runs
     # and the states
