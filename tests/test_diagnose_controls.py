@@ -14,6 +14,8 @@ from purified_opsd_trl import InputError, cli
 from purified_opsd_trl.diagnose.arguments import parse
 from purified_opsd_trl.diagnose.controls import SIGNAL, sentences
 from purified_opsd_trl.evaluate.backends import Completion, TransformersBackend
+from recipes.diagnosis import figure
+from recipes.diagnosis import run as recipe
 from tests import reference
 from tests.conftest import read_rows
 from tests.test_diagnose import save_adapter
@@ -208,6 +210,17 @@ def test_a_dataset_with_one_reference(tmp_path: Path, model_dir: Path, capsys: p
         assert "all rows have the same reference" in capsys.readouterr().err
 
 
+def test_a_base_model_takes_text(
+    tmp_path: Path, make_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = make_model_dir(template=None)
+    data = write(tmp_path / "data.jsonl", [{**row, "prompt": row["prompt"][0]["content"]} for row in ROWS])
+    found = run(base, tmp_path / "out", data, "--text_prompts true")
+    assert found["students"][0]["samples"][0]["prompt"] in {row["prompt"][0]["content"] for row in ROWS}
+    assert cli.main(f"diagnose --model_name_or_path {base} --dataset_name {data}".split()) != 0
+    assert "has no chat template. For a base model set `text_prompts: true`" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -222,3 +235,33 @@ def test_a_dataset_with_one_reference(tmp_path: Path, model_dir: Path, capsys: p
 def test_refusals(flags: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         parse(f"--model_name_or_path m --dataset_name d {flags}".split())
+
+
+def test_the_recipe_pools_its_parts(tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{**ROWS[i % 4], "reference": f"Solution {i}."} for i in range(13)]
+    write(tmp_path / "train.jsonl", rows)
+    monkeypatch.setattr(recipe, "PROBLEMS", tmp_path / "train.jsonl")
+    for module in (recipe, figure):
+        monkeypatch.setattr(module, "OUTPUT", tmp_path / "out")
+    for part in (0, 1):
+        recipe.run(str(model_dir), part, False, "teacher", ["own", "other"], 8)
+    parts = [
+        json.loads((tmp_path / "out" / model_dir.name / "teacher" / str(part) / "diagnosis.json").read_text())
+        for part in (0, 1)
+    ]
+    samples = [sample for part in parts for sample in part["students"][0]["samples"]]
+    assert [len(part["students"][0]["samples"]) for part in parts] == [10, 3]
+    assert {shown_by(sample["reference_prompt"]) for sample in samples} == {row["reference"] for row in rows}
+    (result,) = figure.collect()
+    assert (result["model"], result["target"], result["prompts"]) == (model_dir.name, "teacher", "chat")
+    values = [value for sample in samples for value in sample["controls"]["other"]["kl_target_base"]]
+    assert result["summary"]["tokens"] == len(values)
+    mean = result["summary"]["controls"]["other"]["groups"]["all"]["kl_target_base"]
+    assert mean == pytest.approx(sum(values) / len(values), rel=1e-3)
+
+
+def test_the_page_shows_the_committed_diagnosis() -> None:
+    page = (Path(figure.__file__).parents[2] / "docs" / "diagnosis.md").read_text(encoding="utf-8")
+    lines = figure.table(figure.load()).splitlines()
+    assert len(lines) > 2 and "\n".join(lines) in page
+    assert all(result["summary"]["samples"] > 0 for result in figure.load())

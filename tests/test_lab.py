@@ -186,7 +186,7 @@ def test_results_are_appended_and_read_back(tmp_path: Path) -> None:
 
 def test_the_committed_results_are_those_of_the_grid() -> None:
     names = [Run(**result["run"]).name for result in load(RESULTS)]
-    assert sorted(names) == sorted({run.name for run in full()}) and len(names) == 81
+    assert sorted(names) == sorted({run.name for run in full()}) and len(names) == 93
 
 
 @pytest.mark.parametrize(

@@ -187,6 +187,10 @@ def table_rows(summary: Mapping[str, Any], target: str) -> list[Sequence[Any]]:
     ]
 
 
+def _direction(cosine: float) -> str:
+    return f"{share_in_words(abs(cosine))} {'along' if cosine >= 0 else 'against'}"
+
+
 def sentences(summary: Mapping[str, Any], target: str) -> list[str]:
     """What the table says, one sentence per source."""
     means = by_source(summary)
@@ -194,14 +198,14 @@ def sentences(summary: Mapping[str, Any], target: str) -> list[str]:
     size, cos = own["kl_target_base"], own["mass_cos_target_ref"]
     said = [
         f"With the problem's own reference the target `{target}` moves the base by {size:.3g} nats per token, and "
-        f"what it would teach points {share_in_words(cos)} along what the reference alone induces (weighted cosine "
+        f"what it would teach points {_direction(cos)} what the reference alone induces (weighted cosine "
         f"{cos:.2f})."
     ]
     for name, values in means.items():
         moved, cos = values["kl_target_base"], values["mass_cos_own"]
         far = f"{moved / size:.2f} times as far" if size else f"by {moved:.3g} nats per token"
         said.append(
-            f"{_SOURCE_WORDS[name]} it moves the base {far}, and its tilt points {share_in_words(cos)} along the tilt "
+            f"{_SOURCE_WORDS[name]} it moves the base {far}, and its tilt points {_direction(cos)} the tilt "
             f"of the own reference (weighted cosine {cos:.2f})."
         )
     return said

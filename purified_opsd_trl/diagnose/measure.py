@@ -84,6 +84,11 @@ def completions(models: Models, contexts: Sequence[Contexts], args: DiagnoseArgu
 def _ids(tokenizer: Any, prompt: Any, args: DiagnoseArguments) -> list[int]:
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
+    if tokenizer.chat_template is None:
+        raise InputError(
+            "`model_name_or_path`: the tokenizer has no chat template. For a base model set `text_prompts: true`, "
+            "with prompts that are text."
+        )
     return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True, **args.template_kwargs)[
         "input_ids"
     ]

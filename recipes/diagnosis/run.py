@@ -21,6 +21,7 @@ PART = 10  # problems
 # A base model continues text. The question comes last, so that every context ends where the solution begins
 TEXT = "Worked solution:\n{reference}\n\nThe same problem, solved step by step in other words.\n\n"
 TEXT_OPTIONS = {
+    "text_prompts": "true",
     "teacher_prompt_template": TEXT + "{question}",
     "reference_prompt_template": TEXT + "Solution:",
 }

@@ -14,12 +14,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from purified_opsd_trl.targets import DENSE_TARGETS
 from recipes.lab.run import Run
 
 
 RESULTS = Path(__file__).parent / "results.jsonl"
 COLORS = {"base": "#6b7280", "teacher": "#c2410c", "purified": "#1d4ed8"}
-NAMES = {"base": "base", "teacher": "OPSD", "purified": "purified OPSD", "gated": "gated"}
+NAMES = {"base": "base", "teacher": "OPSD", "purified": "purified OPSD"} | {name: name for name in DENSE_TARGETS}
 
 
 def load(path: Path) -> list[dict[str, Any]]:
