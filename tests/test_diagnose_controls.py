@@ -243,11 +243,11 @@ def test_the_recipe_pools_its_parts(tmp_path: Path, model_dir: Path, monkeypatch
     monkeypatch.setattr(recipe, "PROBLEMS", tmp_path / "train.jsonl")
     for module in (recipe, figure):
         monkeypatch.setattr(module, "OUTPUT", tmp_path / "out")
-    for part in (0, 1):
-        recipe.run(str(model_dir), part, False, "teacher", ["own", "other"], 8)
+    for first in (0, 10):
+        recipe.run(str(model_dir), first, 10, False, "teacher", ["own", "other"], 8)
     parts = [
-        json.loads((tmp_path / "out" / model_dir.name / "teacher" / str(part) / "diagnosis.json").read_text())
-        for part in (0, 1)
+        json.loads((tmp_path / "out" / model_dir.name / "teacher" / str(first) / "diagnosis.json").read_text())
+        for first in (0, 10)
     ]
     samples = [sample for part in parts for sample in part["students"][0]["samples"]]
     assert [len(part["students"][0]["samples"]) for part in parts] == [10, 3]

@@ -29,7 +29,6 @@ ROWS = (
     *CURVES.items(),
     ("paper_norm_ratio_ref", "mean of |ref| / |total|"),
     ("kl_target_base", "KL(target to base)"),
-    ("norm_it", "|it|"),
     ("cos_own", "cos(tilt, own tilt)"),
 )
 
@@ -72,8 +71,9 @@ def by_source(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """Means over all tokens, plain and weighted, by model and source."""
-    lines = ["| model, target | reference | tokens | " + " | ".join(text for _, text in ROWS) + " |"]
-    lines.append("|---" * (3 + len(ROWS)) + "|")
+    head = " | ".join(text for _, text in ROWS).replace("|ref|", r"\|ref\|").replace("|total|", r"\|total\|")
+    lines = [f"| model, target | reference | problems | tokens | {head} |"]
+    lines.append("|---" * (4 + len(ROWS)) + "|")
     for result in results:
         for source, found in by_source(result["summary"]).items():
             means = found["groups"]["all"]
@@ -81,8 +81,8 @@ def table(results: Sequence[dict[str, Any]]) -> str:
                 f"{means[name]:.2f}" + (f" / {means['mass_' + name]:.2f}" if f"mass_{name}" in means else "")
                 for name, _ in ROWS
             ]
-            head = (f"{result['model']}, {result['target']}", source, str(means["tokens"]))
-            lines.append("| " + " | ".join((*head, *cells)) + " |")
+            first = (f"{result['model']}, {result['target']}", source, str(result["summary"]["samples"]), str(means["tokens"]))
+            lines.append("| " + " | ".join((*first, *cells)) + " |")
     return "\n".join(lines)
 
 

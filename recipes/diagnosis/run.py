@@ -1,9 +1,9 @@
 """
-The signal of a small model under its own, another and no reference, ten problems per call.
+The signal of a small model under its own, another and no reference, a few problems per call.
 
     python recipes/smollm2_cpu/build_data.py
-    python -m recipes.diagnosis.run --model .cache/smollm2-135m-instruct --part 0     # ... and so on to --part 4
-    python -m recipes.diagnosis.run --model .cache/gemma-3-270m --text --part 0       # a model without a chat template
+    python -m recipes.diagnosis.run --model .cache/smollm2-135m-instruct --first 0    # --first 10, and so on
+    python -m recipes.diagnosis.run --model .cache/gemma-3-270m --text --first 0      # a model without a chat template
     python -m recipes.diagnosis.figure                                                # results.jsonl and the figure
 """
 
@@ -17,7 +17,6 @@ from purified_opsd_trl.diagnose.arguments import parse
 
 PROBLEMS = Path(".cache/gsm_symbolic/train.jsonl")
 OUTPUT = Path("outputs/diagnosis")
-PART = 10  # problems
 # A base model continues text. The question comes last, so that every context ends where the solution begins
 TEXT = "Worked solution:\n{reference}\n\nThe same problem, solved step by step in other words.\n\n"
 TEXT_OPTIONS = {
@@ -27,30 +26,30 @@ TEXT_OPTIONS = {
 }
 
 
-def write_part(part: int, text: bool, path: Path) -> None:
-    """Writes the problems of one part, as text prompts where asked."""
+def write_part(first: int, count: int, text: bool, path: Path) -> None:
+    """Writes `count` problems from number `first` on, as text prompts where asked."""
     rows = [json.loads(line) for line in PROBLEMS.read_text(encoding="utf-8").splitlines()]
-    rows = rows[PART * part : PART * (part + 1)]
+    rows = rows[first : first + count]
     for row in rows if text else ():
         row["prompt"] = f"Problem: {row['prompt'][-1]['content']}\nSolution:"
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def run(model: str, part: int, text: bool, target: str, sources: list[str], length: int) -> None:
-    """Diagnoses one part, unless its result is there already."""
-    folder = OUTPUT / Path(model).name / target / str(part)
+def run(model: str, first: int, count: int, text: bool, target: str, sources: list[str], length: int) -> None:
+    """Diagnoses some problems, unless their result is there already."""
+    folder = OUTPUT / Path(model).name / target / str(first)
     if (folder / "diagnosis.json").is_file():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    write_part(part, text, folder / "problems.jsonl")
+    write_part(first, count, text, folder / "problems.jsonl")
     settings = {
         "model_name_or_path": model,
         "dataset_name": str(folder / "problems.jsonl"),
         "dtype": "float32",
         "target": target,
         "max_completion_length": str(length),
-        "batch_size": str(PART),
-        "seed": str(PART * part),
+        "batch_size": str(count),
+        "seed": str(first),
         "output_dir": str(folder),
         **(TEXT_OPTIONS if text else {}),
     }
@@ -61,7 +60,8 @@ def run(model: str, part: int, text: bool, target: str, sources: list[str], leng
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of the model")
-    parser.add_argument("--part", type=int, default=0, help="which ten problems")
+    parser.add_argument("--first", type=int, default=0, help="number of the first problem")
+    parser.add_argument("--count", type=int, default=10, help="number of problems")
     parser.add_argument("--text", action="store_true", help="text prompts, for a model without a chat template")
     parser.add_argument("--target", default="purified")
     parser.add_argument("--sources", nargs="+", default=["own", "other", "none"])
