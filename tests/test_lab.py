@@ -184,9 +184,13 @@ def test_results_are_appended_and_read_back(tmp_path: Path) -> None:
     assert load(path)[0]["curve"] == [{"step": 0, "sampled": {"waits": 0.1235}}]
 
 
+# Runs of the grid without a result yet; docs/lab.md says so. `make lab ARGS=--full` runs them
+NOT_RUN: tuple[str, ...] = ()
+
+
 def test_the_committed_results_are_those_of_the_grid() -> None:
     names = [Run(**result["run"]).name for result in load(RESULTS)]
-    assert sorted(names) == sorted({run.name for run in full()}) and len(names) == 93
+    assert sorted([*names, *NOT_RUN]) == sorted({run.name for run in full()}) and len(names) + len(NOT_RUN) == 93
 
 
 @pytest.mark.parametrize(
@@ -196,19 +200,25 @@ def test_the_committed_results_are_those_of_the_grid() -> None:
         ("style world", "style", "purified", "purified OPSD"),
         ("repair world", "repair", "teacher", "OPSD"),
         ("repair world", "repair", "purified", "purified"),
+        ("style world", "style", "gated", "gated"),
+        ("repair world", "repair", "gated", "gated"),
+        ("style world", "style", "interpolated", "interpolated"),
     ],
 )
 def test_the_page_shows_the_committed_results(section: str, world: str, model: str, row: str) -> None:
     page = (Path(__file__).parent.parent / "docs" / "lab.md").read_text(encoding="utf-8")
     lines = [line.strip("| ").split(" | ") for line in page.split(f"| {section} |")[1].splitlines()]
-    ends = [
-        result["curve"][-1]
+    found = [
+        result
         for result in load(RESULTS)
         if setting(result["run"]) == f"{world}, answer only" and result["run"]["target"] == model
     ]
+    ends = [result["curve"][-1] for result in found]
     columns = [("sampled", "accuracy"), ("greedy", "accuracy"), ("sampled", "waits")]
     expected = [spread([end[decoding][key] for end in ends]) for decoding, key in columns]
-    assert next(line for line in lines if line[0] == row)[1:5] == ["3 x 2", *expected]
+    bases = {result["run"]["seed"] for result in found}
+    count = f"{len(bases)} x {len(found) // len(bases)}"
+    assert next(line for line in lines if line[0] == row)[1:5] == [count, *expected]
 
 
 def point(step: int, rate: float) -> dict[str, Any]:
