@@ -64,8 +64,8 @@ test: .venv/.dev-installed
 test-numerics: .venv/.dev-installed
 	.ci/numerics $(ARGS)
 
-test-faults: .venv/.dev-installed
-	$(BIN)/python -m pytest -p tests.faults_table -m "not distributed and not vllm" tests $(ARGS)
+test-faults: .venv/.distributed-installed
+	$(BIN)/python -m pytest -p tests.faults_table -m "not vllm" tests $(ARGS)
 
 test-architectures: .venv/.dev-installed
 	$(BIN)/python -m pytest tests/test_architectures.py -m architectures $(ARGS)

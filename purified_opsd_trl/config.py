@@ -51,8 +51,8 @@ class PurifiedOPSDConfig(DistillationConfig):
         > Parameters that control rollouts from `vllm serve`
 
         vllm_adapter_sync (`bool`, *optional*, defaults to `False`):
-            Whether a server (`vllm_mode: server`) is sent the LoRA adapter over HTTP, in place of merged weights over
-            NCCL. The server must be started for it; the error at start says how.
+            Whether vLLM gets the LoRA adapter in place of merged weights. A server (`vllm_mode: server`) gets it over
+            HTTP and must be started for it, as the error at start says; a colocated vLLM reads it from a file.
         rollouts_ahead (`int`, *optional*, defaults to `0`):
             Batches that the server writes while the trainer trains on earlier ones: the rollouts of a step are of the
             adapter so many optimizer steps before. `0` generates as a step begins. Needs `vllm_adapter_sync`.
@@ -229,7 +229,7 @@ class PurifiedOPSDConfig(DistillationConfig):
     vllm_server_host: str = _option("127.0.0.1", "Host of the student vLLM server.")
 
     # Parameters that control rollouts from `vllm serve`
-    vllm_adapter_sync: bool = _option(False, "Send LoRA adapters to the vLLM server over HTTP, not merged weights.")
+    vllm_adapter_sync: bool = _option(False, "Give vLLM the LoRA adapter, a server over HTTP, not merged weights.")
     rollouts_ahead: Annotated[int, Range(0)] = _option(
         0, "Batches that the vLLM server writes ahead of their step; the staleness of rollouts in optimizer steps."
     )

@@ -52,10 +52,18 @@ def check_combinations(args: Any) -> None:
 
 def check_servers(args: Any) -> None:
     """Checks the settings of rollouts from servers; TRL reads one address as text."""
-    if args.vllm_adapter_sync and not (args.use_vllm and args.vllm_mode == "server"):
-        raise InputError("`vllm_adapter_sync` needs `use_vllm: true` and `vllm_mode: server`.")
-    if args.rollouts_ahead and not args.vllm_adapter_sync:
-        raise InputError("`rollouts_ahead` needs a server that holds versions: set `vllm_adapter_sync: true`.")
+    if args.vllm_adapter_sync and not args.use_vllm:
+        raise InputError("`vllm_adapter_sync` needs `use_vllm: true`.")
+    if args.vllm_adapter_sync and args.vllm_mode == "colocate" and args.vllm_enable_sleep_mode:
+        raise InputError(
+            "`vllm_adapter_sync` with `vllm_mode: colocate` needs `vllm_enable_sleep_mode: false`: asleep, vLLM "
+            "throws the base weights away, and only the adapter is sent again."
+        )
+    if args.rollouts_ahead and not (args.vllm_adapter_sync and args.vllm_mode == "server"):
+        raise InputError(
+            "`rollouts_ahead` needs a server that holds versions: set `vllm_mode: server` and "
+            "`vllm_adapter_sync: true`."
+        )
     if args.rollouts_ahead and args.loss_type == "sampled_token":
         raise InputError(
             "`loss_type: sampled_token` weights tokens as if the present student had sampled them, which rollouts "

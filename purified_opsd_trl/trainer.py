@@ -38,7 +38,8 @@ from .parts import loss_mask
 from .reading import as_datasets, named_datasets
 from .references import with_other_references
 from .rollout.colocated import merge_without_drift, reserve_vllm_length
-from .rollout.served import ServedTrainer, without_trls_client
+from .rollout.colocated_adapter import engine_with_lora, send_adapters
+from .rollout.served import ServedTrainer, sends_to_servers, without_trls_client
 from .run_identity import check_output_dir
 from .scores import TeacherScores
 from .scoring import TeacherScoringCallback
@@ -163,14 +164,14 @@ class PurifiedOPSDTrainer(
         train_dataset = with_other_references(train_dataset, args, "train_dataset")
         eval_dataset = with_other_references(eval_dataset, args, "eval_dataset")
         check_output_dir(str(args.output_dir))
-        if args.use_vllm and not args.vllm_adapter_sync:
+        if args.use_vllm and not sends_to_servers(args):
             require_extra("vllm", "`use_vllm`")
 
         self.args = args  # `build_contexts` reads it
         named = named_datasets(train_dataset, eval_dataset)
         reserve_vllm_length(args, model, processing_class, named, self.build_contexts, tools)
         self.scoring_callback = scoring_callback or TeacherScoringCallback()
-        with without_trls_client(args):
+        with without_trls_client(args), engine_with_lora(args, model, peft_config):
             super().__init__(
                 model=model,
                 teacher_model=None,  # the model is its own teacher; see `TeacherScoringCallback`
@@ -186,8 +187,8 @@ class PurifiedOPSDTrainer(
             )
         if self._is_vlm:
             self._tokenizer.padding_side = "left"  # TRL pads prompts on the left, but types of tokens on this side
-        if args.use_vllm and not args.vllm_adapter_sync and is_peft_model(self.model):
-            merge_without_drift(self.vllm_generation)
+        if args.use_vllm and not sends_to_servers(args) and is_peft_model(self.model):
+            (send_adapters if args.vllm_adapter_sync else merge_without_drift)(self.vllm_generation)
         self.purification_collator = purification_collator or self._default_collator()
         self.set_up_loss()
         self._add_monitors()
@@ -238,7 +239,8 @@ class PurifiedOPSDTrainer(
             if isinstance(callback, EpistemicMonitor):
                 self._token_means[mode].add(callback.observe(texts, ids, self.accelerator, mode == "train"))
             elif isinstance(callback, ReportCallback) and mode == "train":
-                callback.observe(self.state.global_step, [row["prompt"] for row in rows], texts)
+                prompts = [row["prompt"] for row in rows]
+                callback.observe(self.state.global_step, prompts, texts, self.last_rollout)
 
     # Rollout and scoring ---------------------------------------------------------------------------------------------
 

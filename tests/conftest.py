@@ -28,6 +28,7 @@ from typing import Any  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from accelerate import Accelerator  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors  # noqa: E402
 from transformers import (  # noqa: E402
@@ -294,3 +295,19 @@ def build(
         )
 
     return make
+
+
+@pytest.fixture
+def prepare(tokenizer, tmp_path, capsys):
+    """Checks a dataset; returns what is left and what was printed. `reader` are arguments of `reader_of`."""
+
+    from purified_opsd_trl.dataset import DatasetCheck
+    from tests.dataset_cases import reader_of
+
+    def run(dataset, policy="error", invalid="error", tokenizer=tokenizer, least=1, cache=None, **reader):
+        reader = reader_of(tokenizer, truncate=policy == "truncate", **reader)
+        check = DatasetCheck(reader, invalid, policy, str(tmp_path), Accelerator(cpu=True), False, cache)
+        prepared = check(dataset, "train_dataset", least)
+        return prepared, capsys.readouterr().out.splitlines()
+
+    return run

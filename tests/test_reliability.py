@@ -1,91 +1,20 @@
-"""A stopped run goes on exactly, from its own complete checkpoints alone; no update is made that is not finite."""
+"""A stopped run goes on exactly, from its own complete checkpoints alone."""
 
 import json
-import math
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
-from peft import LoraConfig
-from transformers import TrainerCallback, set_seed
 
-from purified_opsd_trl import InputError, PurifiedOPSDConfig, PurifiedOPSDTrainer
+from purified_opsd_trl import InputError
 from purified_opsd_trl.checkpoints import is_complete, last_complete_checkpoint
 from purified_opsd_trl.run_identity import RunFolder, difference
 
-
-ROOT = Path(__file__).parents[1]
-ROWS = [
-    {"prompt": f"what is {i} + {i + 7}?", "reference": f"{i} + {i + 7} = {2 * i + 7}. " * (1 + i % 3)}
-    for i in range(16)
-]
-KINDS = {
-    "full": {},
-    "lora": {"lora": True},
-    "ema": {"teacher_model_kind": "ema", "teacher_update_rate": 0.3},
-    "streamed": {"stream": True, "max_steps": 12},
-}
-Build = Callable[..., PurifiedOPSDTrainer]
-
-
-def build_trainer(
-    model_dir: Path,
-    output_dir: Path,
-    *,
-    cls: type[PurifiedOPSDTrainer] = PurifiedOPSDTrainer,
-    lora: bool = False,
-    stream: bool = False,
-    rows: list[dict[str, Any]] = ROWS,
-    **fields: Any,
-) -> PurifiedOPSDTrainer:
-    """Three epochs of 16 rows, four per step, with rollouts at random; a checkpoint after every step."""
-    set_seed(0)
-    arguments = {
-        **{"output_dir": str(output_dir), "report_to": "none", "use_cpu": True, "bf16": False, "seed": 0},
-        **{"gradient_checkpointing": False, "dataloader_pin_memory": False, "disable_tqdm": True, "logging_steps": 1},
-        **{"save_strategy": "steps", "save_steps": 1, "num_train_epochs": 3, "per_device_train_batch_size": 2},
-        **{"gradient_accumulation_steps": 2, "max_completion_length": 6, "learning_rate": 1e-3},
-        **{"lr_scheduler_type": "constant", "decomposition_steps": 0},
-        **{"model_init_kwargs": {"dtype": "float32", "attn_implementation": "eager"}},
-        **fields,
-    }
-    data: Any = IterableDataset.from_generator(lambda: iter(rows)) if stream else Dataset.from_list(rows)
-    return cls(
-        model=str(model_dir),
-        args=PurifiedOPSDConfig(**arguments),
-        train_dataset=data,
-        peft_config=LoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM") if lora else None,
-    )
-
-
-class Watched(PurifiedOPSDTrainer):
-    """Notes the rows of every step and ends, as if killed, before the step that it is told."""
-
-    dies_at: int | None = None
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.seen: dict[int, list[str]] = {}
-
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        step = self.state.global_step + 1
-        if step == self.dies_at:
-            raise KeyboardInterrupt
-        self.seen.setdefault(step, []).extend(row["prompt"] for row in inputs)
-        return super()._generate_and_score_completions(inputs)
-
-
-def outcome(trainer: PurifiedOPSDTrainer) -> tuple[list[torch.Tensor], list[torch.Tensor], dict[int, float]]:
-    """Trained weights, averaged weights, loss of every step."""
-    averages = list(trainer.scoring_callback.ema.averages.values()) if trainer.scoring_callback.ema else []
-    losses = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
-    return [p.detach() for p in trainer.model.parameters() if p.requires_grad], averages, losses
+from .reliability_cases import KINDS, ROOT, ROWS, NaNTarget, Watched, build_trainer, outcome
 
 
 # Position in the data ------------------------------------------------------------------------------------------------
@@ -147,85 +76,6 @@ def test_rows_in_other_portions_of_the_same_step_go_on(model_dir: Path, tmp_path
         )
         trainer.train(resume_from_checkpoint=True)
         assert sorted(trainer.seen[7]) == sorted(straight.seen[7])
-
-
-# Finite updates ------------------------------------------------------------------------------------------------------
-
-
-class NaNTarget(PurifiedOPSDTrainer):
-    def target_logits(self, teacher: torch.Tensor, reference_only: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-        return teacher.log() if self.state.global_step == 2 else teacher  # NaN for negative logits
-
-
-def one_row_of_nan(inputs: dict[str, Any]) -> torch.Tensor:
-    return inputs["base_hidden"].index_fill(0, torch.tensor([1]), math.nan)
-
-
-class Spoil(TrainerCallback):
-    """Spoils something before the third step."""
-
-    def __init__(self, spoil: Callable[[], None]):
-        self.spoil = spoil
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == 2:
-            self.spoil()
-
-
-@pytest.mark.parametrize("cause", ["custom target", "teacher's head", "gradient", "states of one row"])
-def test_training_stops_before_an_update_that_is_not_finite(model_dir: Path, tmp_path: Path, cause: str) -> None:
-    cls = NaNTarget if cause == "custom target" else PurifiedOPSDTrainer
-    trainer = build_trainer(model_dir, tmp_path, cls=cls, save_total_limit=1, teacher_model_kind="ema")
-
-    def spoil() -> None:
-        if cause == "teacher's head":
-            with torch.no_grad():
-                trainer.scoring_callback.teacher_model.get_output_embeddings().weight[5, 3] = math.inf
-        elif cause == "gradient":
-            next(trainer.model.parameters()).register_hook(lambda gradient: gradient * math.nan)
-        elif cause == "states of one row":
-            parts = trainer._parts
-            trainer._parts = lambda model, inputs: parts(model, {**inputs, "base_hidden": one_row_of_nan(inputs)})
-
-    trainer.add_callback(Spoil(spoil))
-    row = r"1 of the batch \(one of 1" if cause == "states of one row" else r"\d of the batch "
-    named = (
-        "the gradient norm is nan"
-        if cause == "gradient"
-        else rf"the loss of row {row}.*prompt ends with '.*what is \d+ \+"
-    )
-    with pytest.raises(FloatingPointError, match=rf"Step 3: {named}.*before the update"):
-        trainer.train()
-    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
-    assert all(
-        entry["loss"] != 0 and math.isfinite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry
-    )
-    assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"] and is_complete(
-        tmp_path / "checkpoint-2"
-    )
-    saved = build_trainer(model_dir, tmp_path, max_steps=3, teacher_model_kind="ema", cls=cls)
-    saved._load_from_checkpoint(str(tmp_path / "checkpoint-2"))
-    for kept, present in zip(saved.model.parameters(), trainer.model.parameters(), strict=True):
-        assert torch.equal(kept, present)  # the third step changed nothing
-
-
-def test_weights_that_an_update_made_infinite_are_not_saved(model_dir: Path, tmp_path: Path) -> None:
-    class Overflow(TrainerCallback):
-        def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.global_step == 2:  # the third step is too large, although its gradient is finite
-                next(trainer.model.parameters()).data[0] = math.inf
-
-    trainer = build_trainer(model_dir, tmp_path, save_total_limit=1)
-    trainer.add_callback(Overflow())
-    with pytest.raises(FloatingPointError, match="Step 3: the update made weights NaN or infinite.*are kept"):
-        trainer.train()
-    assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
-
-
-def test_a_rollout_of_weights_that_overflow_is_one_line(model_dir: Path, tmp_path: Path) -> None:
-    trainer = build_trainer(model_dir, tmp_path, learning_rate=1e30, save_strategy="no")
-    with pytest.raises(FloatingPointError, match="Step 2: the student's probabilities are NaN.*the learning rate"):
-        trainer.train()
 
 
 # Complete checkpoints ------------------------------------------------------------------------------------------------

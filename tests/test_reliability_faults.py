@@ -27,7 +27,7 @@ from purified_opsd_trl.checkpoints import is_complete, last_complete_checkpoint
 
 from .distributed.jobs import Job
 from .distributed.worlds import World
-from .test_reliability import KINDS, ROOT, ROWS, build_trainer, outcome
+from .reliability_cases import KINDS, ROOT, ROWS, build_trainer, outcome
 
 
 SECONDS = 240  # that a process may take on a busy machine
@@ -195,7 +195,7 @@ def test_a_full_and_a_read_only_file_system(model_dir: Path, tmp_path: Path, mou
     assert finish("full", model_dir, mounted / "run") == expected
 
 
-READ_ONLY = "import sys; from tests.test_reliability import *; build_trainer(*map(Path, sys.argv[1:])).train(True)"
+READ_ONLY = "import sys; from tests.reliability_cases import *; build_trainer(*map(Path, sys.argv[1:])).train(True)"
 
 
 class Usage(TrainerCallback):

@@ -18,6 +18,7 @@ from purified_opsd_trl.bench.pipeline import predicted
 from purified_opsd_trl.cli import main as cli
 from purified_opsd_trl.errors import InputError
 
+from .browser import CHROMIUM, accessibility_violations, html_errors, overflow
 from .conftest import free_port
 from .lora_server import LoraServer
 
@@ -154,6 +155,18 @@ def test_a_batch_is_written_by_the_adapter_of_so_many_steps_before(
     assert server.adapters == set() and not list(Path(trainer.args.output_dir, "_adapters").iterdir())
     assert server.most_adapters == ahead + 1  # what `--max-loras` must be
     assert sum(rows for _, rows in server.written) == 6 * 4  # each row is requested once
+
+
+def test_the_report_shows_who_worked_when(build: Any, serve: Any, tmp_path: Path) -> None:
+    trainer, _ = build(serve(), rollouts_ahead=1)
+    trainer.train()
+    report = Path(trainer.args.output_dir) / "report.html"
+    text = report.read_text(encoding="utf-8")
+    assert "Who worked when: the last 6 steps" in text
+    assert all(f"trains step {step}:" in text for step in range(1, 7))
+    assert html_errors(text) == []
+    if CHROMIUM is not None:
+        assert overflow(report, tmp_path, 360) == [] and accessibility_violations(report, tmp_path, dark=False) == []
 
 
 def test_without_batches_ahead_it_is_the_rollout_of_transformers(build: Any, serve: Any) -> None:
@@ -349,7 +362,11 @@ def test_an_answer_that_is_none(build: Any, serve: Any, answer: Any) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"vllm_adapter_sync": True}, "`vllm_adapter_sync` needs `use_vllm: true` and `vllm_mode: server`"),
+        ({"vllm_adapter_sync": True}, "`vllm_adapter_sync` needs `use_vllm: true`"),
+        (
+            {"use_vllm": True, "vllm_adapter_sync": True, "vllm_enable_sleep_mode": True},
+            "`vllm_adapter_sync` with `vllm_mode: colocate` needs `vllm_enable_sleep_mode: false`",
+        ),
         ({"rollouts_ahead": 1}, "`rollouts_ahead` needs a server"),
         ({"rollouts_ahead": -1}, "`rollouts_ahead` must be an integer at least 0"),
         ({"vllm_server_base_url": ["http://a", "http://b"]}, "must be one address without"),
@@ -361,7 +378,7 @@ def test_an_answer_that_is_none(build: Any, serve: Any, answer: Any) -> None:
             "`loss_type: sampled_token` weights tokens as if",
         ),
     ],
-    ids=["mode", "ahead", "negative", "addresses", "sampled_token"],
+    ids=["vllm", "asleep", "ahead", "negative", "addresses", "sampled_token"],
 )
 def test_settings_that_do_not_go_together(arguments: dict[str, Any], fields: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING
 from pathlib import Path
@@ -18,6 +19,7 @@ from ..env import run_versions
 from ..targets import DENSE_TARGETS
 from .decomposition import share_in_words
 from .page import facts, line_chart, number, origin_facts, page, table, template
+from .timeline import timeline
 
 
 logger = logging.getLogger(__name__)
@@ -51,6 +53,7 @@ class ReportCallback(TrainerCallback, ExportableState):
         self.again: dict[str, dict[str, Any]] = {}  # latest completions of the problems in `early`
         self.dataset: str | None = None  # its name, where the training script knows it
         self.started = time.time()
+        self.rollouts: deque[tuple[int, Any]] = deque(maxlen=8)  # of the last steps, where servers write them
 
     def state(self) -> dict[str, Any]:
         """State for a checkpoint."""
@@ -66,8 +69,10 @@ class ReportCallback(TrainerCallback, ExportableState):
             for name, value in saved["attributes"].items():
                 setattr(self, name, value)
 
-    def observe(self, step: int, prompts: Sequence[Any], texts: Sequence[str]) -> None:
-        """Remembers completions of a generation batch, `step` steps after the start."""
+    def observe(self, step: int, prompts: Sequence[Any], texts: Sequence[str], rollout: Any = None) -> None:
+        """Remembers completions of a generation batch, `step` steps after the start, and when a server wrote it."""
+        if rollout is not None:
+            self.rollouts.append((step + 1, rollout))
         samples: dict[str, dict[str, Any]] = {
             (text := _last_turn(prompt)): {"step": step, "prompt": text, "completion": _shortened(completion)}
             for prompt, completion in zip(reversed(prompts), reversed(texts), strict=True)
@@ -81,6 +86,7 @@ class ReportCallback(TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        ended = time.perf_counter()
         if not state.is_world_process_zero or not args.output_dir:
             return
         try:
@@ -93,7 +99,8 @@ class ReportCallback(TrainerCallback, ExportableState):
             }
             pairs = [(s, self.again[s["prompt"]]) for s in self.early if s["prompt"] in self.again][:SAMPLES]
             early, late = zip(*pairs, strict=True) if pairs else (self.early[:SAMPLES], self.late)
-            text = render(state.log_history, args, about, early, late, state.global_step)
+            picture = timeline(list(self.rollouts), ended)
+            text = render(state.log_history, args, about, early, late, state.global_step, picture)
             Path(args.output_dir, "report.html").write_text(text, encoding="utf-8")
         except Exception as error:  # of any kind: the trained weights are not saved yet
             logger.warning("The training report could not be written: %r. Training itself is not affected.", error)
@@ -106,8 +113,9 @@ def render(
     early: Sequence[dict[str, Any]],
     late: Sequence[dict[str, Any]],
     steps: int,
+    picture: str = "",
 ) -> str:
-    """The report as HTML, from the trainer's log and completions (`step`, `prompt`, `completion`) of two steps."""
+    """HTML from the trainer's log, completions (`step`, `prompt`, `completion`) of two steps, and one more figure."""
     charts = "".join(  # a chart that names no metrics draws all markers
         line_chart(c["title"], _series(history, c["metrics"] or _marker_names(history)), description=c["text"])
         for c in json.loads(template("report.json"))
@@ -117,7 +125,7 @@ def render(
     )
     body = (
         f'<ul class="answers">{answers}</ul>{facts(about)}'
-        f'<h2>Curves</h2><div class="charts">{charts}</div>'
+        f'<h2>Curves</h2><div class="charts">{charts}{picture}</div>'
         f"<h2>Completions</h2>{_samples(early, late)}<h2>Settings</h2>{_settings(args)}"
     )
     return page(f"Training report: {Path(args.output_dir or '.').name}", f"{steps} steps", body)

@@ -17,6 +17,7 @@ from .servers import ServerPool
 
 
 WEIGHTS_NAME = "adapter_model.safetensors"
+NO_ADAPTER = "`vllm_adapter_sync` sends LoRA adapters, but all weights are trained. Set `use_peft: true`."
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values that `--max-lora-rank` admits
 
 
@@ -32,7 +33,7 @@ def check_servable(model: Any) -> None:
         [`InputError`]: naming what else it trains.
     """
     if not hasattr(model, "peft_config"):
-        raise InputError("`vllm_adapter_sync` sends LoRA adapters, but all weights are trained. Set `use_peft: true`.")
+        raise InputError(NO_ADAPTER)
     others = [
         name
         for name, parameter in model.named_parameters()
@@ -46,9 +47,8 @@ def check_servable(model: Any) -> None:
         )
 
 
-def largest_rank(model: Any) -> int:
-    """The least `--max-lora-rank` that holds a model's adapter."""
-    config = model.peft_config[model.active_adapter]
+def admitted_rank(config: Any) -> int:
+    """The least `max_lora_rank` of vLLM that holds an adapter of this [`~peft.LoraConfig`]."""
     rank = max([config.r, *config.rank_pattern.values()])
     return next((admitted for admitted in _RANKS if admitted >= rank), rank)
 
@@ -176,5 +176,5 @@ def start_command(model: Any, ahead: int, max_model_length: int | None, url: str
     return (
         f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve {model.config._name_or_path} --host {host} "
         f"--port {port.split('/')[0] or 80} --enable-lora --max-loras {ahead + 1} "
-        f"--max-lora-rank {largest_rank(model)}{length}"
+        f"--max-lora-rank {admitted_rank(model.peft_config[model.active_adapter])}{length}"
     )

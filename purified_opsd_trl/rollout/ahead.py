@@ -96,10 +96,10 @@ class Rollout:
             Version of the adapter that wrote them.
         completions (`Prompts`):
             Token ids, by process and row.
-        seconds (`float`):
-            From request to answer.
-        waited (`float`):
-            Seconds for which the trainer waited.
+        asked, answered (`float`):
+            When it was requested and written (`time.perf_counter` of the main process).
+        awaited, taken (`float`):
+            When the trainer began to wait for it, and had it.
         idle (`float`):
             Seconds for which nothing was requested, before this batch was.
         in_flight (`int`):
@@ -108,8 +108,10 @@ class Rollout:
 
     version: int
     completions: Prompts
-    seconds: float
-    waited: float
+    asked: float
+    answered: float
+    awaited: float
+    taken: float
     idle: float
     in_flight: int
 
@@ -118,10 +120,10 @@ class Rollout:
         tokens = sum(len(ids) for rows in self.completions for ids in rows)
         return {
             "rollout/staleness": step - self.version,
-            "rollout/wait_seconds": self.waited,
+            "rollout/wait_seconds": self.taken - self.awaited,
             "rollout/idle_seconds": self.idle,
             "rollout/in_flight": self.in_flight,
-            "rollout/tokens_per_second": tokens / max(self.seconds, 1e-9),
+            "rollout/tokens_per_second": tokens / max(self.answered - self.asked, 1e-9),
         }
 
 
@@ -168,11 +170,12 @@ class RolloutQueue:
     def take(self, batch: int) -> Rollout:
         """Waits for a batch; raises what its request raised."""
         request = self._requests.pop(batch)
-        began = time.perf_counter()
+        awaited = time.perf_counter()
         completions, answered = request.answer.result()
-        waited = time.perf_counter() - began
+        taken = time.perf_counter()
         own, start = [], 0
         for size in request.sizes:
             own.append(completions[start : start + size])
             start += size
-        return Rollout(request.version, own, answered - request.asked, waited, request.idle, self.writing())
+        times = request.asked, answered, awaited, taken
+        return Rollout(request.version, own, *times, request.idle, self.writing())

@@ -30,10 +30,15 @@ _NOW = -1  # number of a batch that is requested and taken at once
 _TOLERANCE = 0.5  # nats; bf16 and fp8 differ by some hundredths, another model by several nats
 
 
+def sends_to_servers(args: PurifiedOPSDConfig) -> bool:
+    """Whether rollouts come from servers that are sent the adapter."""
+    return args.vllm_adapter_sync and args.vllm_mode == "server"
+
+
 @contextmanager
 def without_trls_client(args: PurifiedOPSDConfig) -> Iterator[None]:
     """Keeps TRL from connecting to servers of `vllm_adapter_sync` itself: its client opens an NCCL group."""
-    used, args.use_vllm = args.use_vllm, args.use_vllm and not args.vllm_adapter_sync
+    used, args.use_vllm = args.use_vllm, args.use_vllm and not sends_to_servers(args)
     try:
         yield
     finally:
@@ -60,6 +65,7 @@ class ServedTrainer(Trainer):
     _published: int | None = None  # newest version on the servers, known to every process
     _coming: Iterator[tuple[int, list[dict[str, Any]]]] | None = None
     _requested: dict[int, list[list[int]]]  # own prompts of the batches that were requested
+    last_rollout: Rollout | None = None  # of the batch that is trained on
     _next_batch = 0  # number of the first batch that was not requested
     _first_version = 0
     _resumed_from: str | None = None
@@ -76,7 +82,7 @@ class ServedTrainer(Trainer):
                 asks for what cannot be served.
         """
         args = self.args
-        if not args.vllm_adapter_sync:
+        if not sends_to_servers(args):
             return
         check_servable(self.model)
         if self.tools and (args.rollouts_ahead or self.accelerator.num_processes > 1):
@@ -168,7 +174,7 @@ class ServedTrainer(Trainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> Any:
-        if not self.args.vllm_adapter_sync:
+        if not sends_to_servers(self.args):
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         self._end_session()
         try:
@@ -191,7 +197,7 @@ class ServedTrainer(Trainer):
             self.accelerator.print(f"All vLLM servers are lost: {folder} holds the {step} steps that were taken.")
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        if self.args.vllm_adapter_sync and not self.is_in_train:
+        if sends_to_servers(self.args) and not self.is_in_train:
             self._end_session()
         return super().evaluation_loop(*args, **kwargs)
 
@@ -281,7 +287,7 @@ class ServedTrainer(Trainer):
     def _generate_single_turn(
         self, prompt_ids: list[list[int]], images: Any, multimodal_fields: Any, has_tool_images: bool = False
     ) -> list[list[int]]:
-        if not self.args.vllm_adapter_sync:
+        if not sends_to_servers(self.args):
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)  # type: ignore[misc]
         if images is not None:
             raise InputError("`vllm_adapter_sync` serves text alone, but rows hold images. Set it to false.")
@@ -294,7 +300,7 @@ class ServedTrainer(Trainer):
             self._request(step, version, prompt_ids)
         else:
             self._request_coming(self._coming, step)
-        rollout = self._take(step, prompt_ids)
+        self.last_rollout = rollout = self._take(step, prompt_ids)
         for name, value in rollout.metrics(step).items():
             self._metrics["train"][name].append(value)
         return rollout.completions[self.accelerator.process_index]

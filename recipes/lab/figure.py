@@ -26,7 +26,9 @@ NAMES = {"base": "base", "teacher": "OPSD", "purified": "purified OPSD"} | {name
 def load(path: Path) -> list[dict[str, Any]]:
     """All results of a file, sorted by the names of their runs; none where there is no file yet."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return sorted(map(json.loads, lines), key=lambda result: Run(**result["run"]).name)
+    # With the defaults of settings that came later
+    results = [{**result, "run": asdict(Run(**result["run"]))} for result in map(json.loads, lines)]
+    return sorted(results, key=lambda result: Run(**result["run"]).name)
 
 
 def spread(rates: Sequence[float | None], digits: int = 2) -> str:
@@ -44,6 +46,7 @@ def setting(run: dict[str, Any]) -> str:
     parts += [f"beta {run['pmi_beta']:g}"] * (run["pmi_beta"] != 1.0) + [f"c {run['pmi_clip']:g}"] * (
         run["pmi_clip"] != 10.0
     )
+    parts += [f"divergence beta {run['beta']:g}"] * (run["beta"] != 0.5)
     parts += [f"{run['teacher']} teacher"] * (run["teacher"] != "base")
     parts += [f"lag {run['lag']}"] * (run["lag"] != 0)
     parts += [f"learning rate {run['learning_rate']:g}"] * (run["learning_rate"] != 1e-3)

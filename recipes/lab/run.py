@@ -7,6 +7,7 @@ One distillation run with the package's own trainer, and its evaluation along th
 import argparse
 import json
 import random
+import statistics
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -46,6 +47,8 @@ class Run:
             Whether the reference holds the sorted intermediate values as well.
         pmi_beta, pmi_clip (`float`):
             Settings of the purified target.
+        beta (`float`):
+            TRL's: 0 is the forward KL(target || student), 1 the reverse, 0.5 Jensen-Shannon.
         teacher (`str`):
             `teacher_model_kind`.
         lag (`int`):
@@ -63,6 +66,7 @@ class Run:
     rich: bool = False
     pmi_beta: float = 1.0
     pmi_clip: float = 10.0
+    beta: float = 0.5
     teacher: str = "base"
     lag: int = 0
     learning_rate: float = 1e-3
@@ -77,6 +81,7 @@ class Run:
         parts += [f"beta{self.pmi_beta:g}"] * (self.pmi_beta != 1.0) + [f"c{self.pmi_clip:g}"] * (
             self.pmi_clip != 10.0
         )
+        parts += [f"jsd{self.beta:g}"] * (self.beta != 0.5)
         parts += [self.teacher] * (self.teacher != "base") + [f"lag{self.lag}"] * (self.lag != 0)
         parts += [f"lr{self.learning_rate:g}"] * (self.learning_rate != 1e-3)
         return "-".join(parts)
@@ -164,7 +169,8 @@ def distil(run: Run, base: Path, eval_problems: int = 512) -> dict[str, Any]:
             Held-out problems per evaluation.
 
     Returns:
-        `dict[str, Any]`: the run, its curve, and seconds.
+        `dict[str, Any]`: the run, its curve, seconds, and with a lag the mean `distance` of the policies in nats per
+        token, see [`StaleRolloutTrainer`].
     """
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -178,6 +184,7 @@ def distil(run: Run, base: Path, eval_problems: int = 512) -> dict[str, Any]:
             "target": run.target,
             "pmi_beta": run.pmi_beta,
             "pmi_clip": run.pmi_clip,
+            "beta": run.beta,
             "teacher_model_kind": run.teacher,
             "learning_rate": run.learning_rate,
             "max_steps": run.steps,
@@ -195,7 +202,10 @@ def distil(run: Run, base: Path, eval_problems: int = 512) -> dict[str, Any]:
         )
         started = time.perf_counter()
         trainer.train()
-    return {"run": asdict(run), "seconds": round(time.perf_counter() - started), "curve": evaluation.curve}
+    seconds = round(time.perf_counter() - started)
+    distances = trainer.distances[run.lag :] if run.lag else []  # from the first rollout by an older policy on
+    distance = {"distance": round(statistics.fmean(distances), 6)} if distances else {}
+    return {"run": asdict(run), "seconds": seconds, **distance, "curve": evaluation.curve}
 
 
 def save(result: dict[str, Any], path: Path) -> None:

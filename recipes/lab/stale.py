@@ -13,6 +13,8 @@ class StaleRolloutTrainer(PurifiedOPSDTrainer):
     """
     Generates with the student's weights of `lag` updates ago. Everything else is unchanged.
 
+    `distances` holds, for each step, the mean `KL(policy now || policy that wrote)` in nats per written token.
+
     Args:
         lag (`int`):
             Number of updates by which the sampler lags. During the first `lag` updates it is the initial policy.
@@ -23,6 +25,7 @@ class StaleRolloutTrainer(PurifiedOPSDTrainer):
 
     def __init__(self, *args: Any, lag: int, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self.distances: list[float] = []
         self.snapshots: deque[list[torch.Tensor]] = deque(maxlen=lag + 1)  # oldest first
         self.add_callback(_KeepSnapshots(self))
 
@@ -37,6 +40,28 @@ class StaleRolloutTrainer(PurifiedOPSDTrainer):
             return super()._generate_single_turn(*args, **kwargs)
         finally:
             self._load(own)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        if len(self.snapshots) > 1:
+            now, own = self._log_probs(output), [parameter.detach().clone() for parameter in self.model.parameters()]
+            self._load(self.snapshots[0])
+            wrote = self._log_probs(output)
+            self._load(own)
+            written = output["completion_mask"].bool()
+            self.distances.append(float((now.exp() * (now - wrote)).sum(-1)[written].mean()))
+        elif self.snapshots.maxlen > 1:
+            self.distances.append(0.0)
+        return output
+
+    @torch.no_grad()
+    def _log_probs(self, output: dict[str, Any]) -> torch.Tensor:
+        """`[B, C, V]` at the tokens of the completions."""
+        parts = ("prompt", "completion")
+        ids, mask = (torch.cat([output[f"{part}_{name}"] for part in parts], dim=1) for name in ("ids", "mask"))
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        logits = self.model(ids, attention_mask=mask, position_ids=positions).logits
+        return logits[:, output["prompt_ids"].shape[1] - 1 : -1].log_softmax(-1)
 
     @torch.no_grad()
     def _load(self, weights: list[torch.Tensor]) -> None:

@@ -1,7 +1,10 @@
 """Two processes under each backend against one process on the same data, and against themselves after a resume."""
 
 import itertools
+import random
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,8 @@ import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
+
+from purified_opsd_trl.checkpoints import last_complete_checkpoint
 
 from .jobs import PROBE, Job, job_name, run
 from .worlds import BACKENDS, STARTUP, WATCHDOG, World
@@ -238,6 +243,45 @@ def test_a_killed_job_goes_on_from_the_last_complete_checkpoint(
     assert (f"passing over incomplete or damaged: {incomplete}" in log) == (incomplete is not None)
     assert_same_state(world, "straight", "resumed")
     assert (run / "checkpoint-4" / "trainer_state.json").is_file()
+
+
+KILLS = 4  # of each backend
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("backend", "cells"), [pytest.param(b, c, id=b) for b, c in DIAGONAL.items()])
+def test_two_processes_killed_at_random_points_of_three_epochs(
+    model_dir: Path, tmp_path: Path, record_property: Callable[[str, object], None], backend: str, cells: Any
+) -> None:
+    record_property("tries", KILLS)
+    uninterrupted = straight(*cells[0])
+    log, run = tmp_path / "log_0.txt", tmp_path / "killed" / "run"
+    World(backend, [uninterrupted], model_dir, tmp_path).start().wait()
+    points, found = random.Random(backend), []
+    for _ in range(KILLS):
+        last, incomplete = last_complete_checkpoint(run)
+        assert len(incomplete) <= 1
+        found.append(Path(last).name if last else "nothing")
+        done = log.read_text(errors="replace").count("/12 ")  # steps in the log
+        world = World(backend, [replace(uninterrupted, name="killed", resume=last)], model_dir, tmp_path).start()
+        wait_for_text(world, log, "/12 ", done + points.randint(1, 3))
+        time.sleep(points.uniform(0, 0.5))
+        world.kill()
+    last, _ = last_complete_checkpoint(run)
+    assert last is not None and Path(last).name != "checkpoint-12"
+    world = World(backend, [replace(uninterrupted, name="killed", resume=last)], model_dir, tmp_path).start().wait()
+    assert_same_state(world, uninterrupted.name, "killed", steps=12)
+    print(f"{backend}: resumed from", *found, Path(last).name)
+
+
+def wait_for_text(world: World, log: Path, text: str, count: int) -> None:
+    """Waits until a text is in a log so many times."""
+    deadline = time.monotonic() + STARTUP + WATCHDOG
+    while log.read_text(errors="replace").count(text) < count:
+        if time.monotonic() > deadline or any(p.poll() not in (None, 0) for p in world.processes):
+            world.kill()
+            pytest.fail(f"no {text!r}\n{world.logs()}")
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize(

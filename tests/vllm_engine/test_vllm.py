@@ -51,32 +51,36 @@ def run(*commands: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def train(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
-    """Figures of a run in a process of its own; LoRA and full fine-tuning run at the same time, once."""
-    results: dict[str, dict[bool, dict[str, Any]]] = {}
+    """Figures of a run in a process of its own; the two of a kind run at the same time, once."""
+    results: dict[str, dict[Any, dict[str, Any]]] = {}
 
-    def get(lora: bool, kind: str = "straight") -> dict[str, Any]:
+    def get(which: bool | str, kind: str = "straight") -> dict[str, Any]:
         if kind not in results:
-            folders = {either: tmp_path_factory.mktemp(kind) for either in (True, False)}
-            for either, folder in folders.items():
+            folders = {
+                one: tmp_path_factory.mktemp(kind) for one in (ADAPTERS if kind == "adapters" else (True, False))
+            }
+            for one, folder in folders.items():
                 plan = {
                     "model": str(model_dir),
                     "output": str(folder / "run"),
-                    "lora": either,
-                    "resume": f"{get(either)['output']}/checkpoint-2" if kind == "resumed" else None,
-                    "break_sync": kind == "stale",
+                    "lora": bool(one),
+                    "adapters": one in ADAPTERS,
+                    "resume": f"{get(one)['output']}/checkpoint-2" if kind == "resumed" else None,
+                    "break_sync": kind == "stale" or one == "adapter, stale",
                     "sleep": kind == "sleeping",
                 }
                 (folder / "plan.json").write_text(json.dumps(plan))
             run(*(["-m", "tests.vllm_engine.worker", str(folder / "plan.json")] for folder in folders.values()))
             results[kind] = {
-                either: {**json.loads((folder / "figures.json").read_text()), "output": str(folder / "run")}
-                for either, folder in folders.items()
+                one: {**json.loads((folder / "figures.json").read_text()), "output": str(folder / "run")}
+                for one, folder in folders.items()
             }
-        return results[kind][lora]
+        return results[kind][which]
 
     return get
 
 
+ADAPTERS = ("adapter", "adapter, stale")  # sent by itself; only the first time
 either = pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 
 
@@ -106,6 +110,16 @@ def test_a_resumed_run_equals_an_uninterrupted_one(train: Train, lora: bool) -> 
 
 def test_syncing_an_adapter_leaves_the_base_as_it_is(train: Train) -> None:
     assert train(True)["base_moved"] == []
+
+
+def test_an_adapter_by_itself_writes_what_transformers_writes(train: Train) -> None:
+    figures, stale = train("adapter", "adapters"), train("adapter, stale", "adapters")
+    assert len(figures["rollouts"]) == 4 and figures["base_moved"] == []
+    for rollout in figures["rollouts"]:
+        assert rollout["vllm"] == rollout["transformers"]
+    assert figures["losses"] == pytest.approx(train(True)["losses"], rel=1e-4)  # those of merged weights
+    assert figures["adapter_files"] == ["4"]  # a version each step, the newest one kept
+    assert all(rollout["vllm"] != rollout["transformers"] for rollout in stale["rollouts"][1:])
 
 
 def test_room_for_the_longest_prompt_and_completion(train: Train) -> None:

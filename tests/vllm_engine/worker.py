@@ -4,7 +4,8 @@ One process with vLLM: trains, and compares every rollout with transformers.
     python -m tests.vllm_engine.worker PLAN.json
 
 The plan: `model` (folder), `output` (folder), `lora`, `resume` (folder or null), `break_sync` (send no weights after
-the first time), `sleep` (record the order of calls with sleep mode on). Writes `figures.json` beside the plan.
+the first time), `sleep` (record the order of calls with sleep mode on), `adapters` (`vllm_adapter_sync`). Writes
+`figures.json` beside the plan.
 """
 
 import json
@@ -61,6 +62,7 @@ def build(plan: dict[str, Any]) -> Any:
     args = PurifiedOPSDConfig(
         plan["output"],
         use_vllm=True,
+        vllm_adapter_sync=plan["adapters"],
         vllm_gpu_memory_utilization=0.3,
         generation_kwargs={"temperature": 0.0},
         max_steps=4,
@@ -154,7 +156,9 @@ def main(path: str) -> None:
     engine = trainer.vllm_generation.llm.llm_engine
     prompts = [trainer._tokenize_prompts([row["prompt"]])[0][0] for row in trainer.train_dataset]
     weights = dict(trainer.model.named_parameters())
+    folder = getattr(trainer.vllm_generation, "adapter_folder", None)
     figures = {
+        "adapter_files": sorted(path.name for path in Path(folder.name).iterdir()) if folder else [],
         "rollouts": rollouts,
         "calls": calls,
         "max_model_len": engine.model_config.max_model_len,
