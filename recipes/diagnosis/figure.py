@@ -81,7 +81,12 @@ def table(results: Sequence[dict[str, Any]]) -> str:
                 f"{means[name]:.2f}" + (f" / {means['mass_' + name]:.2f}" if f"mass_{name}" in means else "")
                 for name, _ in ROWS
             ]
-            first = (f"{result['model']}, {result['target']}", source, str(result["summary"]["samples"]), str(means["tokens"]))
+            first = (
+                f"{result['model']}, {result['target']}",
+                source,
+                str(result["summary"]["samples"]),
+                str(means["tokens"]),
+            )
             lines.append("| " + " | ".join((*first, *cells)) + " |")
     return "\n".join(lines)
 
