@@ -189,7 +189,6 @@ NOT_RUN = (
     *(f"{world}-contrastive-s{seed}-r0" for world in ("style", "repair") for seed in range(3)),
     *(f"style-interpolated-s{seed}-r0" for seed in (1, 2)),
     *(f"repair-interpolated-s{seed}-r0" for seed in range(3)),
-    "style-gated-s2-r0",
     "repair-gated-s2-r0",
 )
 
