@@ -24,9 +24,11 @@ from purified_opsd_trl.config import REFERENCE_FIRST_TEACHER_PROMPT_TEMPLATE
 from purified_opsd_trl.errors import InputError
 from purified_opsd_trl.evaluate.arguments import parse as parse_evaluate
 from purified_opsd_trl.evaluate.paper import paper_rows
+from purified_opsd_trl.rollout.adapters import start_command
 from purified_opsd_trl.train import launch_arguments, main, make_parser
 from recipes import build_data
 from tests.conftest import build_tokenizer
+from tests.lora_server import LoraServer
 from tests.vision import build_processor, build_vlm, image_rows
 
 
@@ -75,6 +77,7 @@ def parse(argv: list[str]) -> tuple[Any, ...]:
     return parsed
 
 
+AHEAD = "Rollouts ahead, with a server on a second GPU (docs/async.md)"
 recipe = pytest.mark.parametrize("path", RECIPES, ids=["-".join(names(path)) for path in RECIPES])
 
 
@@ -209,6 +212,9 @@ def test_the_header_holds(path: Path) -> None:
     differing = {key for key, value in twin.to_dict().items() if value != ours.to_dict()[key]}
     assert differing - {"logging_dir", "run_name"} == {"target", "output_dir"}
     assert (twin.target, twin.output_dir) == ("teacher", f"outputs/{model}-opsd-{data}")
+    ahead = shlex.split(fields[AHEAD].removeprefix("add "))
+    _, training, _, _ = parse(config + ahead)
+    assert (training.vllm_mode, training.vllm_adapter_sync, training.rollouts_ahead) == ("server", True, 1)
     parser = make_parser()
     added = shlex.split(fields["On 8 GPUs"].removeprefix("add "))
     *_, launcher = parser.parse_args_and_config([*config, *added, "--use_cpu", "True"], return_remaining_strings=True)
@@ -292,6 +298,33 @@ def test_one_step_on_a_tiny_model(path: Path, make_model_dir: Callable[..., Path
     assert 0.0 < entry["loss"] < 1.0 and entry["grad_norm"] > 0.0
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
     assert (tmp_path / "run" / "checkpoint-1").is_dir()
+
+
+AT_DASD = [path for path in RECIPES if path.stem == "config_dasd"]
+
+
+@pytest.mark.parametrize("path", AT_DASD, ids=[names(path)[0] for path in AT_DASD])
+def test_steps_with_rollouts_ahead(path: Path, make_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    header = path.read_text(encoding="utf-8").split("\n\n")[0]
+    fields = dict(line.removeprefix("# ").split(": ", 1) for line in header.splitlines() if ": " in line)
+    architecture, overrides, template = MODELS[names(path)[0]][3]
+    folder = make_model_dir(architecture, template=template, **overrides)
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"What is {i}?", "reference": f"{i}."}) + "\n" for i in range(8)))
+    server = LoraServer(folder, max_rank=64, max_model_len=8192)
+    try:
+        flags = [*small_run(folder, data, tmp_path), "--use_vllm", "true", "--max_steps", "2"]
+        flags += ["--vllm_server_base_url", server.url, "--logging_steps", "1"]
+        trainer = main(*parse(["--config", str(path), *shlex.split(fields[AHEAD].removeprefix("add ")), *flags]))
+    finally:
+        server.close()
+    logged = [entry["rollout/staleness"] for entry in trainer.state.log_history if "rollout/staleness" in entry]
+    assert logged == [0, 1]
+    # The command in the recipe is the one that the trainer would ask for
+    _, training, weights, _ = parse(["--config", str(path)])
+    trainer.model.config._name_or_path = weights.model_name_or_path
+    command = start_command(trainer.model, 1, training.vllm_max_model_length, "http://127.0.0.1:8000")
+    assert fields["The server"] == command
 
 
 def test_one_step_of_the_vision_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
