@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
 from datasets import Dataset, IterableDataset
@@ -17,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.utils import cached_file
 from trl import ModelConfig, get_peft_config
 
+from .backbone import runs_rows_apart
 from .contexts import Contexts
 from .dataset import DatasetCheck, check_columns
 from .env import accelerators, run_versions
@@ -26,7 +28,8 @@ from .loading import load_splits, map_columns, pick_split
 from .plan import Layout, Plan, weight_bytes
 from .reading import make_reader
 from .references import configured_contexts, with_other_references
-from .train import check_extras, check_model, launch_arguments, make_parser
+from .run_identity import check_output_dir
+from .train import check_extras, check_model, launch_arguments, make_parser, make_trainer
 
 
 _SAMPLE = 512  # rows whose lengths are measured, and rows of a stream that are read
@@ -40,6 +43,7 @@ class _Check:
         "versions": (),
         "extras": (),
         "devices": (),
+        "output": (),
         "model": (),
         "data": (),
         "rows": ("model", "data"),
@@ -47,6 +51,7 @@ class _Check:
         "lengths": ("rows",),
         "memory": ("lengths",),
         "time": ("lengths",),
+        "self_check": ("rows",),
     }
 
     def __init__(self, script: Any, args: Any, model_args: ModelConfig, mixture: Any, launcher: list[str]):
@@ -67,6 +72,11 @@ class _Check:
 
     def devices(self) -> str:
         return f"{'; '.join(accelerators().values())} here; the run: {self.layout}"
+
+    def output(self) -> str:
+        folder = Path(str(self.args.output_dir)).absolute()
+        check_output_dir(str(next(path for path in (folder, *folder.parents) if path.exists())))
+        return f"{self.args.output_dir} can be written"
 
     def model(self) -> str:
         name, revision = self.model_args.model_name_or_path, self.model_args.model_revision
@@ -159,6 +169,30 @@ class _Check:
     def time(self) -> str:
         return self.plan.time(self.mean, len(self.dataset))
 
+    def self_check(self) -> str:
+        """The trainer's self-check on the weights themselves, where this machine has and holds them."""
+        if not self.args.self_check:
+            return "left out (`self_check: false`)"
+        name, plan = str(self.model_args.model_name_or_path), self.plan
+        if not _weights_here(name, self.model_args.model_revision):
+            return "not run: the weights are not on this machine. Training runs it before its first step"
+        size = plan.weights * plan.weight_bytes * (1 if plan.trainable < plan.weights else 2)  # or a frozen copy
+        on_gpu = torch.cuda.is_available() and not self.args.use_cpu
+        room = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
+        if size > 0.8 * room:
+            return f"not run: {size / 1e9:.1f} GB of weights, but {room / 1e9:.1f} GB are free on this machine"
+        args = copy.copy(self.args)
+        args.use_vllm = args.vllm_adapter_sync = False
+        args.rollouts_ahead, args.eval_strategy, args.report_to = 0, "no", []
+        if args.reference_source == "other":
+            args.reference_source = "own"  # the rows have those of others already
+        rows = self.dataset.select(range(args.per_device_train_batch_size * args.gradient_accumulation_steps))
+        with tempfile.TemporaryDirectory() as args.output_dir:
+            trainer = make_trainer(args, self.model_args, rows)
+            trainer.check_model()
+        apart = "; each row runs by itself, as the warning says" if runs_rows_apart(trainer.model) else ""
+        return f"head, padding, frozen model and loss are those of this model{apart}. Gradients: in the first step"
+
     def _texts(self, prompts: Contexts) -> list[str]:
         """Student's, teacher's and probe's prompt, each with its own chat template arguments."""
         frozen = [self.reader.text(prompt) for prompt in (prompts.teacher, prompts.reference_only)]
@@ -174,11 +208,14 @@ def _check_weights(name: str, revision: str | None) -> None:
         if not [file for file in Path(name).iterdir() if file.suffix in (".safetensors", ".bin")]:
             raise InputError(f"`model_name_or_path`: {name} holds no weights (*.safetensors or *.bin).")
         return
-    here = {"revision": revision, "local_files_only": True, "_raise_exceptions_for_missing_entries": False}
-    if any(cached_file(name, file, **here) for file in _WEIGHTS):
-        return
-    if not any(file_exists(name, file, revision=revision) for file in _WEIGHTS):
+    if not _weights_here(name, revision) and not any(file_exists(name, file, revision=revision) for file in _WEIGHTS):
         raise InputError(f"`model_name_or_path`: {name} has no weights ({', '.join(_WEIGHTS)}).")
+
+
+def _weights_here(name: str, revision: str | None) -> bool:
+    """Whether a folder or the hub's cache holds the weights."""
+    here = {"revision": revision, "local_files_only": True, "_raise_exceptions_for_missing_entries": False}
+    return os.path.isdir(name) or any(cached_file(name, file, **here) for file in _WEIGHTS)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -201,9 +238,9 @@ def main(argv: Sequence[str]) -> int:
             if missing := [part for part in needs if part in open_ends]:
                 open_ends[name] = f"not checked: it needs {' and '.join(missing)}"
             else:
-                print(f"{name:9} {getattr(check, name)()}", flush=True)
+                print(f"{name:10} {getattr(check, name)()}", flush=True)
         except (InputError, ImportError, OSError) as error:
             open_ends[name] = f"FAILED: {one_line(error)}"
         if name in open_ends:
-            print(f"{name:9} {open_ends[name]}", flush=True)
+            print(f"{name:10} {open_ends[name]}", flush=True)
     return 1 if open_ends else 0

@@ -153,7 +153,6 @@ def main(
         `ImportError`: if a setting needs an extra that is not installed.
     """
     from .monitoring.report import ReportCallback  # not needed for `--help`
-    from .trainer import PurifiedOPSDTrainer
 
     name = model_args.model_name_or_path
     if name is None:
@@ -168,22 +167,8 @@ def main(
     if script_args.mapped_reference_column is not None:
         training_args.reference_column = script_args.mapped_reference_column
     train_dataset, eval_dataset = _load_data(script_args, training_args, dataset_args)
-    # The quantization goes to the trainer as an argument of its own, not through `model_init_kwargs`
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),  # type: ignore[dict-item]  # parsed to a dict by the config
-    }
     with rows_named_by_line(script_args.dataset_name):
-        trainer = PurifiedOPSDTrainer(
-            model=name,
-            args=training_args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            quantization_config=get_quantization_config(model_args),
-            peft_config=get_peft_config(model_args),
-        )
+        trainer = make_trainer(training_args, model_args, train_dataset, eval_dataset)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, ReportCallback):
             callback.dataset = script_args.dataset_name
@@ -197,6 +182,29 @@ def main(
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=on_hub)
     return trainer
+
+
+def make_trainer(
+    args: PurifiedOPSDConfig, model_args: ModelConfig, train_dataset: Any, eval_dataset: Any = None
+) -> "PurifiedOPSDTrainer":
+    """The trainer of a model that is loaded as `model_args` say."""
+    from .trainer import PurifiedOPSDTrainer  # not needed for `--help`
+
+    # The quantization goes to the trainer as an argument of its own, not through `model_init_kwargs`
+    args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(args.model_init_kwargs or {}),  # type: ignore[dict-item]  # parsed to a dict by the config
+    }
+    return PurifiedOPSDTrainer(
+        model=str(model_args.model_name_or_path),
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
 
 
 def make_parser(prog: str | None = None) -> CommandParser:

@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from purified_opsd_trl import PurifiedOPSDTrainer, cli
 from purified_opsd_trl.estimate import Machine, Model, Step
+from purified_opsd_trl.head import LMHead
 from purified_opsd_trl.memory import Kept, memory
 from purified_opsd_trl.plan import Layout
 from purified_opsd_trl.train import main, make_parser
@@ -120,6 +123,9 @@ def test_it_counts_what_it_says(
     longest = max(len(tokenizer(text)["input_ids"]) for text in questions)
     assert f"(longest {longest})" in part(output, "lengths")
     assert "3 steps" in part(output, "time") and "nothing sharded" in part(output, "devices")
+    assert part(output, "self_check") == (
+        "head, padding, frozen model and loss are those of this model. Gradients: in the first step"
+    )
 
 
 @pytest.mark.parametrize(
@@ -132,6 +138,7 @@ def test_it_counts_what_it_says(
         ({"gradient_accumulation_steps": 64}, "rows", "8 usable rows"),
         ({"max_reference_length": 3}, "rows", "reference"),
         ({"use_vllm": "true"}, "extras", "`use_vllm` needs `vllm`"),
+        ({"output_dir": f"{__file__}/run"}, "output", f"`output_dir`: cannot write to {__file__}"),
     ],
 )
 def test_what_would_stop_a_run_is_one_line_and_a_status(
@@ -146,6 +153,30 @@ def test_what_would_stop_a_run_is_one_line_and_a_status(
     assert status == 1
     failed = [line for line in output.splitlines() if "FAILED" in line]
     assert len(failed) == 1 and failed[0].startswith(f"{name} ") and message in failed[0]
+
+
+def test_a_failing_self_check_is_one_of_the_parts(
+    words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = LMHead.from_model
+
+    def scaled(model: Any, temperature: float = 1.0) -> LMHead:
+        return replace(head(model, temperature), logit_scale=1.25)  # as if this architecture scaled its logits unnoticed
+
+    monkeypatch.setattr(LMHead, "from_model", staticmethod(scaled))
+    status, output = printed(capsys, words)
+    assert status == 1
+    assert part(output, "self_check").startswith("FAILED: Self-check of the student (qwen3, torch.float32")
+    assert "from the model's own logits" in part(output, "self_check")
+
+
+def test_the_self_check_says_why_it_did_not_run(
+    words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert part(printed(capsys, changed(words, self_check="false"))[1], "self_check").startswith("left out")
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
+    status, output = printed(capsys, words)
+    assert status == 0 and "but 0.0 GB are free on this machine" in part(output, "self_check")
 
 
 def test_a_folder_without_weights_is_found(
