@@ -23,7 +23,7 @@ from .env import accelerators, run_versions
 from .errors import InputError, one_line
 from .extras import require_extra
 from .loading import load_splits, map_columns, pick_split
-from .plan import Layout, Plan
+from .plan import Layout, Plan, weight_bytes
 from .reading import make_reader
 from .references import configured_contexts, with_other_references
 from .train import check_extras, check_model, launch_arguments, make_parser
@@ -94,7 +94,9 @@ class _Check:
             make_reader(args, processor, self.build, SimpleNamespace(config=self.config))
             for args in (self.args, student)
         )
-        self.plan = Plan(self.args, self.model_args, self.layout, self.config, weights, trainable)
+        self.plan = Plan(
+            self.args, self.layout, self.config, weights, trainable, weight_bytes(self.model_args, self.config)
+        )
         return f"{name}: {self.config.model_type}, {weights:,} weights, {trainable:,} trained"
 
     def data(self) -> str:

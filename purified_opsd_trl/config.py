@@ -159,6 +159,9 @@ class PurifiedOPSDConfig(DistillationConfig):
             more, since the log-normalizers no longer cancel.
         interpolation_weight (`float`, *optional*, defaults to `0.5`):
             `"interpolated"`: weight w of the teacher, from 0 (base) to 1 (plain OPSD).
+        interpolation_weight_end (`float`, *optional*):
+            `"interpolated"`: weight of the last step, from 0 to 1; between the first and the last step the weight is
+            linear in the steps. `None` keeps it constant.
         contrastive_alpha, contrastive_floor, contrastive_tau (`float`, *optional*, default to `0.5`, `-10.0`, `1.0`):
             `"contrastive"`: strength of the contrast; lower bound of the log-probabilities under the wrong reference,
             in nats; KL between the two references, in nats, at which a token has half of its weight.
@@ -312,6 +315,9 @@ class PurifiedOPSDConfig(DistillationConfig):
 
     interpolation_weight: Annotated[float, Range(0, 1)] = _option(
         0.5, "interpolated: weight of the teacher's logits; the rest is the base's."
+    )
+    interpolation_weight_end: Annotated[float, Range(0, 1)] | None = _option(
+        None, "interpolated: weight at the last step, linear in between. None: constant."
     )
     contrastive_alpha: Annotated[float, Range(0)] = _option(0.5, "contrastive: strength; 0 is the teacher.")
     contrastive_floor: float = _option(-10.0, "contrastive: lower bound of log p under the wrong reference, in nats.")

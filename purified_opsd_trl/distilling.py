@@ -2,6 +2,8 @@
 The part of the trainer that trains: the student's forward, the token loss, and the stop before a NaN is stepped.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,9 +12,11 @@ from transformers import Trainer
 from .collator import PurificationCollator
 from .config import PurifiedOPSDConfig
 from .head import LMHead
+from .kernels.settings import LossSettings
 from .loss import FrozenStates, required_states, token_loss
 from .monitoring.decomposition import DecompositionMonitor
 from .monitoring.metrics import TokenMeans, clock, loss_sums, reduce_loss_sums
+from .offload import HostCopies
 from .parts import Part, loss_mask, row_lengths, student_states
 from .purification import purified_target_logits
 from .scoring import TeacherScoringCallback
@@ -42,6 +46,7 @@ class DistillingTrainer(Trainer):
         self._states = required_states(self.loss_settings, LMHead.from_model(self.model).linear, custom)
         ids = len(self._tokenizer)
         self._used_vocab = ids if ids < self.model.config.get_text_config().vocab_size else None
+        self.host_copies = HostCopies(self.accelerator.device)
         self._loss_sums: dict[str, torch.Tensor] = {}
         self._bad_rows = torch.empty(0, dtype=torch.long)  # of the micro-batch, whose loss is not finite
         self._token_means = {"train": TokenMeans(), "eval": TokenMeans()}
@@ -115,6 +120,21 @@ class DistillingTrainer(Trainer):
         count = self._bad_rows.unique().numel()
         return f"row {part.rows[row]} of the batch (one of {count}; its prompt ends with {text[-80:]!r})"
 
+    def _present_settings(self) -> LossSettings:
+        """Settings of the loss at this step, by which the weight of `target: interpolated` may change."""
+        end, settings = self.args.interpolation_weight_end, self.loss_settings
+        if end is None:
+            return settings
+        share = min(1.0, self.state.global_step / max(1, self.state.max_steps - 1))
+        weight = settings.interpolation_weight * (1 - share) + end * share
+        return replace(settings, interpolation_weight=weight)
+
+    def _frozen_states(self, inputs: dict[str, Any], written: torch.Tensor) -> dict[str, Callable[[], torch.Tensor]]:
+        """Begins to bring the states `[N, H]` of the tokens with loss to the device."""
+        stored_on = next((value.device for name, value in inputs.items() if name.endswith("_hidden")), written.device)
+        picked = vars(FrozenStates.of_tokens(inputs, written.bool().to(stored_on)))
+        return {name: self.host_copies.to_device(states) for name, states in picked.items() if states is not None}
+
     def _compute_loss(
         self,
         unwrapped_student: torch.nn.Module,
@@ -125,6 +145,7 @@ class DistillingTrainer(Trainer):
         packed = isinstance(inputs, Part) and inputs.packed
         # TRL enters the backbone directly, past the autocast that accelerate puts around `forward`
         with self.accelerator.autocast():
+            arriving = self._frozen_states(inputs, written)  # those in host memory, while the student runs
             student_hidden, padded = student_states(
                 unwrapped_student,
                 inputs,
@@ -143,7 +164,7 @@ class DistillingTrainer(Trainer):
                 self.decomposition_monitor.measure(by_row, student_head, frozen_head, inputs)
             normalizer = num_tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
             weights = (1.0 / torch.as_tensor(normalizer, dtype=torch.float32, device=device)).expand(int(num_tokens))
-            frozen_states = FrozenStates.of_tokens(inputs, valid)
+            frozen_states = FrozenStates(**{name: states().to(device) for name, states in arriving.items()})
             started = clock(device)
             result = token_loss(
                 student_hidden.to(device),
@@ -151,7 +172,7 @@ class DistillingTrainer(Trainer):
                 frozen_states,
                 frozen_head,
                 weights,
-                self.loss_settings,
+                self._present_settings(),
                 labels=inputs["completion_ids"].to(device)[valid],
                 target_logits=self._custom_target,
                 used_vocab=self._used_vocab,

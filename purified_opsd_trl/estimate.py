@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .targets import DENSE_TARGETS
+
 
 @dataclass(frozen=True)
 class Model:
@@ -92,7 +94,10 @@ class Step:
         question, reference, completion (`int`):
             Tokens of each, templates included.
         target (`str`):
-            `"purified"` (three scoring forwards) or `"teacher"` (one).
+            As in the config. It says which contexts are scored, and how many of their states the loss projects.
+        difference (`bool`):
+            Whether the purified target needs the difference of the teacher's and the probe's states alone, as with a
+            linear head, centering and `loss_type: divergence`.
         lora (`bool`):
             Whether only an adapter is trained: no gradient of the base weights is formed.
         checkpointing (`bool`):
@@ -107,6 +112,10 @@ class Step:
             Sequences of a scoring forward on one GPU.
         scoring_tokens (`int`):
             `scoring_token_budget`; 0 is no limit.
+        train_tokens (`int`):
+            `train_token_budget`; 0 is no limit.
+        offload (`bool`):
+            `offload_scores`.
         vllm (`bool`):
             Whether vLLM generates, with a key-value cache in memory of its own.
         rank (`int`):
@@ -118,6 +127,7 @@ class Step:
     reference: int = 2048
     completion: int = 1024
     target: str = "purified"
+    difference: bool = True
     lora: bool = True
     checkpointing: bool = True
     trainable_head: bool = False
@@ -125,8 +135,27 @@ class Step:
     micro_batch: int = 4
     scoring_batch: int = 4
     scoring_tokens: int = 0
+    train_tokens: int = 0
+    offload: bool = False
     vllm: bool = False
     rank: int = 64
+
+    @property
+    def contexts(self) -> tuple[str, ...]:
+        """Contexts that are scored."""
+        if self.target in DENSE_TARGETS:
+            return DENSE_TARGETS[self.target].states
+        return ("teacher",) if self.target == "teacher" else ("base", "teacher", "reference_only")
+
+    @property
+    def states(self) -> int:
+        """Frozen states per token that are stored and projected."""
+        return 2 if self.target == "purified" and self.difference else len(self.contexts)
+
+    def length(self, context: str) -> int:
+        """Tokens of a sequence that is scored: the prompt of its context, and the completion."""
+        question = 0 if context == "reference_only" else self.question
+        return question + (0 if context == "base" else self.reference) + self.completion
 
 
 @dataclass(frozen=True)
@@ -275,11 +304,10 @@ def _generation(model: Model, step: Step, machine: Machine, rows: int) -> Cost:
 
 
 def _scoring(model: Model, step: Step, machine: Machine, rows: int) -> Cost:
-    q, r, c = step.question, step.reference, step.completion
-    lengths = [q + r + c] if step.target == "teacher" else [q + r + c, r + c, q + c]
+    lengths = [step.length(context) for context in step.contexts]
     flops, tokens = sum(map(model.forward, lengths)), sum(lengths)
-    if step.shared_prefix and step.target == "purified":
-        flops, tokens = flops - model.forward(r), tokens - r
+    if step.shared_prefix and "reference_only" in step.contexts:
+        flops, tokens = flops - model.forward(step.reference), tokens - step.reference
     forwards = -(-rows * len(lengths) // step.scoring_batch)
     return _passes("scoring", model, machine, rows * tokens, rows * flops, forwards)
 
@@ -307,9 +335,9 @@ def _passes(name: str, model: Model, machine: Machine, tokens: float, flops: flo
 
 
 def _loss(model: Model, step: Step, machine: Machine, rows: int) -> Cost:
-    # Products with the head: the student's, the target's one (plain) or two (purified), one for the hidden states'
-    # gradient, and one more for the head's own
-    products = (4 if step.target == "purified" else 3) + (1 if step.trainable_head else 0)
+    # Products with the head: the student's, one per stored state, one for the hidden states' gradient, and one more
+    # for the head's own
+    products = 2 + step.states + (1 if step.trainable_head else 0)
     tokens = rows * step.completion
     flops = 2.0 * products * model.head * tokens
     return Cost("loss", tokens, flops, 0.0, _compute(flops, machine))

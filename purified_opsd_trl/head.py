@@ -85,7 +85,7 @@ class LMHead:
                 f"The output head is stored as {weight.dtype}; exclude it from quantization (`llm_int8_skip_modules`)."
             )
         config = model.config.get_text_config()  # type: ignore[operator, union-attr]
-        return cls(weight, getattr(module, "bias", None), _logit_scale(config), _softcap(config), temperature)
+        return cls(weight, getattr(module, "bias", None), _logit_scale(config), softcap(config), temperature)
 
     @property
     def linear(self) -> bool:
@@ -247,7 +247,8 @@ def _logit_scale(config: Any) -> float:
     return 1.0
 
 
-def _softcap(config: Any) -> float | None:
+def softcap(config: Any) -> float | None:
+    """Bound of the final softcapping by a text configuration; `None` without."""
     for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"):
         if getattr(config, name, None) is not None:
             return float(getattr(config, name))

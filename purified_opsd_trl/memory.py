@@ -4,7 +4,9 @@ What one optimizer step takes in memory, by arithmetic: without weights and with
 recipes/README.md has the formulas.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 from .estimate import Machine, Model, Step
 
@@ -76,19 +78,77 @@ def memory(model: Model, step: Step, machine: Machine, kept: Kept, loss_budget: 
     }
 
 
+def stored_scores(model: Model, step: Step, machine: Machine) -> int:
+    """Bytes of the frozen states of one GPU's generation batch, from scoring until they are trained on."""
+    return step.states * -(-step.rows // machine.gpus) * step.completion * model.hidden * machine.bytes_per_weight
+
+
+def fitting(
+    model: Model, step: Step, machine: Machine, kept: Kept, loss_budget: int, available: float
+) -> dict[str, int | bool] | None:
+    """
+    Settings with which a step fits, as few changes as possible.
+
+    Args:
+        model ([`Model`]), step ([`Step`]), machine ([`Machine`]), kept ([`Kept`]), loss_budget (`int`):
+            As in [`memory`].
+        available (`float`):
+            Bytes of a GPU that are there for training.
+
+    Returns:
+        `dict[str, int | bool]` or `None`: keys of the config with the largest budgets at which [`memory`] is at most
+        `available`; empty if the step fits as it is, `None` if none of these settings is enough.
+    """
+    row, longest = step.question + step.completion, max(map(step.length, step.contexts))
+    micro_batch = min(step.micro_batch, -(-step.rows // machine.gpus))
+
+    def fits(**changes: Any) -> bool:
+        return sum(memory(model, replace(step, **changes), machine, kept, loss_budget).values()) <= available
+
+    for change in ({}, {"offload": True}, {"offload": True, "checkpointing": True}):
+        for scoring in _budgets(step.scoring_tokens, step.scoring_batch * longest, longest):
+            if fits(**change, scoring_tokens=scoring, train_tokens=1):  # a longer row is a part of its own
+                budgets = _budgets(step.train_tokens, micro_batch * row, row)
+                trained = next(n for n in budgets if fits(**change, scoring_tokens=scoring, train_tokens=n))
+                found = {**change, "scoring_tokens": scoring, "train_tokens": trained}
+                return {_KEYS[name]: value for name, value in found.items() if value != getattr(step, name)}
+    return None
+
+
+_KEYS = {"offload": "offload_scores", "checkpointing": "gradient_checkpointing"}
+_KEYS |= {"scoring_tokens": "scoring_token_budget", "train_tokens": "train_token_budget"}
+
+
+def _budgets(now: int, whole: int, least: int) -> Iterator[int]:
+    """The budget as it is, then smaller ones in steps of 1,024 tokens down to the longest row."""
+    yield now
+    yield from range((min(now or whole, whole) - 1) // 1024 * 1024, least, -1024)
+    if least < (now or whole):
+        yield least
+
+
 def _phases(model: Model, step: Step, machine: Machine, loss_budget: int) -> dict[str, float]:
     """Bytes of the phases, of which one runs at a time."""
     rows, size = -(-step.rows // machine.gpus), machine.bytes_per_weight
-    prompt, whole = step.question + step.completion, step.question + step.reference + step.completion
-    scored = step.scoring_batch * whole
+    row, longest = step.question + step.completion, max(map(step.length, step.contexts))
+    scored, trained, cache = step.scoring_batch * longest, min(step.micro_batch, rows) * row, 0
     if step.scoring_tokens:
-        scored = min(scored, max(step.scoring_tokens, whole))
-    scores = (2 if step.target == "purified" else 1) * rows * step.completion * model.hidden * size
+        scored = min(scored, step.scoring_tokens)
+        cache = longest * model.kv_per_token * size if longest > step.scoring_tokens else 0  # it is run in chunks
+    if step.train_tokens:
+        trained = min(trained, max(step.train_tokens, row))
     layer = (2 * model.intermediate + 4 * model.hidden) * size  # bytes per token while a layer runs without gradient
     # With checkpointing each layer keeps its input, and one layer is recomputed; without, about 17 values per unit
     per_token = (1.5 if step.checkpointing else 17.0) * model.layers * model.hidden * size
+    stored = stored_scores(model, step, machine)
+    # The states of all contexts beside a difference of two; later TRL copies what is stored when it shuffles the rows
+    most = max(len(step.contexts) + (step.states < len(step.contexts)), 2 * step.states)
+    making = stored / step.states * most
+    if step.offload:  # on the device are those of two scoring forwards, one of which is being copied
+        stored, making = 0, 2 * scored * model.hidden * size
+    picked = step.states * trained * model.hidden * size  # of the tokens of a part
     return {
-        "generation": 0.0 if step.vllm else rows * prompt * model.kv_per_token * size,
-        "scoring": scored * layer + scores,
-        "student": min(step.micro_batch, rows) * prompt * per_token + scores + loss_budget * 2**20,
+        "generation": 0.0 if step.vllm else rows * row * model.kv_per_token * size,
+        "scoring": scored * layer + cache + making,
+        "student": trained * per_token + stored + picked + loss_budget * 2**20,
     }

@@ -5,11 +5,10 @@ Which reference teacher and probe see: the row's own, none, or another row's; an
 import json
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from datasets import IterableDataset
 
-from .config import PurifiedOPSDConfig
 from .contexts import Contexts, build_contexts
 from .dataset import AnyDataset
 from .errors import InputError
@@ -18,19 +17,38 @@ from .errors import InputError
 OTHER_REFERENCE = "other_reference"  # column that is added
 
 
-def seen_column(args: PurifiedOPSDConfig) -> str:
+class ReferenceSettings(Protocol):
+    """What decides which reference a context holds; [`PurifiedOPSDConfig`] has it all."""
+
+    @property
+    def target(self) -> str: ...
+    @property
+    def reference_source(self) -> str: ...
+    @property
+    def reference_column(self) -> str: ...
+    @property
+    def wrong_reference_column(self) -> str | None: ...
+    @property
+    def teacher_prompt_template(self) -> str: ...
+    @property
+    def reference_prompt_template(self) -> str: ...
+    @property
+    def seed(self) -> int: ...
+
+
+def seen_column(args: ReferenceSettings) -> str:
     """Column of the reference that teacher and probe see."""
     return OTHER_REFERENCE if args.reference_source == "other" else args.reference_column
 
 
-def configured_contexts(row: Mapping[str, Any], args: PurifiedOPSDConfig) -> Contexts:
+def configured_contexts(row: Mapping[str, Any], args: ReferenceSettings) -> Contexts:
     """
     Builds the prompts of a row as the settings say.
 
     Args:
         row (`Mapping[str, Any]`):
             Row of a dataset that went through [`with_other_references`].
-        args ([`PurifiedOPSDConfig`]):
+        args ([`~references.ReferenceSettings`]):
             Configuration.
 
     Returns:
@@ -77,14 +95,14 @@ def other_rows(keys: Sequence[str], seed: int) -> list[int]:
     return others
 
 
-def with_other_references(dataset: Any, args: PurifiedOPSDConfig, name: str) -> Any:
+def with_other_references(dataset: Any, args: ReferenceSettings, name: str) -> Any:
     """
     Adds the column `other_reference` where the settings need it.
 
     Args:
         dataset ([`~datasets.Dataset`] or `Mapping` of them, *optional*):
             Data whose columns have been checked.
-        args ([`PurifiedOPSDConfig`]):
+        args ([`~references.ReferenceSettings`]):
             Configuration.
         name (`str`):
             How errors name the dataset.
@@ -103,7 +121,7 @@ def with_other_references(dataset: Any, args: PurifiedOPSDConfig, name: str) -> 
     return _with_column(dataset, args, name)
 
 
-def _with_column(dataset: AnyDataset, args: PurifiedOPSDConfig, name: str) -> AnyDataset:
+def _with_column(dataset: AnyDataset, args: ReferenceSettings, name: str) -> AnyDataset:
     if isinstance(dataset, IterableDataset):
         raise InputError(
             f"{name}: the references of other rows cannot be drawn from a stream. Load the dataset without "

@@ -28,7 +28,14 @@ LOCK_NAME = "_run.lock"
 # Steps, learning rate, batch size and what is logged may change when a run goes on; what is learned may not
 _IDENTITY_FIELDS = (
     *("target", "loss_type", "beta", "temperature", "pmi_beta", "pmi_clip", "pmi_center", "kl_clip"),
-    *("interpolation_weight", "contrastive_alpha", "contrastive_floor", "contrastive_tau", "reference_source"),
+    *(
+        "interpolation_weight",
+        "interpolation_weight_end",
+        "contrastive_alpha",
+        "contrastive_floor",
+        "contrastive_tau",
+        "reference_source",
+    ),
     *(
         "teacher_model_kind",
         "reference_column",

@@ -10,6 +10,7 @@ hidden states are kept; the loss projects them chunk by chunk.
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -32,6 +33,7 @@ from .backbone import (
 from .collator import ScoringBatch, shared_prefixes
 from .head import LMHead
 from .multimodal import Fields
+from .offload import HostCopies
 from .scores import ScoringStats, TeacherScores
 from .self_teacher import EMATeacher, StudentTrainer, check_combination, load_frozen_copy
 
@@ -175,7 +177,8 @@ class TeacherScoringCallback(TrainerCallback):
         """
         started = time.perf_counter()
         accelerator = self.trainer.accelerator
-        device = torch.device("cpu") if self.trainer.args.offload_scores else accelerator.device
+        copies = self.trainer.host_copies if self.trainer.args.offload_scores else None
+        device = accelerator.device if copies is None else torch.device("cpu")
         lengths = torch.tensor([len(ids) for ids in completion_ids], device=device)
         mask = torch.arange(int(lengths.max()), device=device) < lengths.unsqueeze(1)
         hidden: dict[str, torch.Tensor] = {}
@@ -188,8 +191,10 @@ class TeacherScoringCallback(TrainerCallback):
             batches = self.trainer.scoring_batches(prompt_ids, completion_ids, share_prefixes, packing, chunk, fields)
             for batch in batches:
                 states = self._forward(wrapped, unwrapped, batch)
-                finite.append(_scatter(states, batch, hidden, mask))
+                finite.append(_scatter(states, batch, hidden, mask, copies))
         self._check_finite(batches, finite)
+        if copies is not None:
+            copies.wait()
         stats = ScoringStats(
             tokens=sum(int(mask.sum()) for batch in batches for mask in batch.masks),
             padded_tokens=sum(mask.numel() for batch in batches for mask in batch.masks),
@@ -266,7 +271,11 @@ class TeacherScoringCallback(TrainerCallback):
 
 
 def _scatter(
-    states: torch.Tensor, batch: ScoringBatch, hidden: dict[str, torch.Tensor], mask: torch.Tensor
+    states: torch.Tensor,
+    batch: ScoringBatch,
+    hidden: dict[str, torch.Tensor],
+    mask: torch.Tensor,
+    copies: HostCopies | None,
 ) -> torch.Tensor:
     """Copies each sequence's completion states to its row; returns per sequence whether all of them are finite."""
     finite = []
@@ -274,9 +283,14 @@ def _scatter(
     for i, (context, row, start, length) in enumerate(sequences):
         i = i if batch.positions is None else 0
         if context not in hidden:
-            hidden[context] = torch.zeros(*mask.shape, states.shape[-1], dtype=states.dtype, device=mask.device)
+            shape = (*mask.shape, states.shape[-1])
+            zeros = partial(torch.zeros, device=mask.device) if copies is None else copies.zeros
+            hidden[context] = zeros(*shape, dtype=states.dtype)
         first = states.shape[1] - batch.input_ids.shape[1] + start  # the last state predicts the last column
         completion = states[i, first : first + length]
-        hidden[context][row, :length] = completion.to(mask.device)
+        if copies is None:
+            hidden[context][row, :length] = completion.to(mask.device)
+        else:
+            copies.to_host(completion, hidden[context][row, :length])
         finite.append(torch.isfinite(completion).all())
     return torch.stack(finite)

@@ -28,6 +28,7 @@ from .collator import ScoringBatch
 from .config import PurifiedOPSDConfig
 from .errors import InputError
 from .multimodal import Fields
+from .offload import HostCopies
 from .packing import Packing
 
 
@@ -47,6 +48,7 @@ class StudentTrainer(Protocol):
     state: TrainerState
     temperature: float
     is_deepspeed_enabled: bool
+    host_copies: HostCopies
 
     def add_callback(self, callback: TrainerCallback) -> None:
         """Adds a callback to the trainer's."""

@@ -35,6 +35,7 @@ from .monitoring.report import ReportCallback
 from .multimodal import Fields
 from .packing import Packing
 from .parts import loss_mask
+from .plan import warn_if_too_large
 from .reading import as_datasets, named_datasets
 from .references import with_other_references
 from .rollout.colocated import merge_without_drift, reserve_vllm_length
@@ -195,6 +196,7 @@ class PurifiedOPSDTrainer(
         self.read_datasets()
         self.scoring_callback.attach(self, model if isinstance(model, str) else None)
         self.purification_collator.alone_beyond = self._longest_alike()
+        warn_if_too_large(self)
         self.connect_servers()
 
     def _default_collator(self) -> PurificationCollator:
@@ -249,6 +251,8 @@ class PurifiedOPSDTrainer(
         contexts = self.reader.contexts(inputs, f"step {self.state.global_step}, generation batch")
         self.check_model()
         inputs = [self.rollout_row(row, context.base) for row, context in zip(inputs, contexts, strict=True)]
+        if mode == "train":
+            self._buffered_inputs = None  # those of the last step: nothing reads them any more
         started = time.perf_counter()
         output = super()._generate_and_score_completions(inputs)
         seconds = time.perf_counter() - started

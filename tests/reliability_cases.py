@@ -21,6 +21,10 @@ KINDS = {
     "full": {},
     "lora": {"lora": True},
     "ema": {"teacher_model_kind": "ema", "teacher_update_rate": 0.3},
+    "packed parts": {
+        **{"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "padding_free": "true"},
+        **{"train_token_budget": 40, "offload_scores": True},
+    },
     "streamed": {"stream": True, "max_steps": 12},
 }
 Build = Callable[..., PurifiedOPSDTrainer]
@@ -69,6 +73,11 @@ class Watched(PurifiedOPSDTrainer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.seen: dict[int, list[str]] = {}
+        self.forwards = 0
+
+    def part_loss(self, *args: Any) -> Any:
+        self.forwards += args[1].packed
+        return super().part_loss(*args)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         step = self.state.global_step + 1

@@ -267,6 +267,9 @@ def test_gpu_report_of_the_toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for row in ("1 | pytest | pytest | 1 | 0 | 0 | 0", "2 | random weights | step 2", "3 | frozen head | TRL plain"):
         assert f"| {row} |" in text
     assert text.count("python -m ") == len(parts)
+    *_, ours, public = report["commands"][-1]["table"]
+    speed = report["commands"][-1]["table"][0].index("student tokens/s")
+    assert ours[0] == "ours purified" and float(ours[speed]) > 0 and public[speed] == "3325"
 
 
 def test_gpu_continues_past_a_failing_command(

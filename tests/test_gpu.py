@@ -18,6 +18,7 @@ from purified_opsd_trl.bench.measure import PeakMemory
 from purified_opsd_trl.head import LMHead
 from purified_opsd_trl.kernels.settings import LossSettings
 from purified_opsd_trl.loss import FrozenStates, token_loss
+from purified_opsd_trl.offload import HostCopies
 from tests import reference
 
 
@@ -191,3 +192,34 @@ def test_scoring_memory_follows_the_token_budget(build: Callable[..., PurifiedOP
     assert many < 4 * budget * vocab / 2
     if device == "cuda":  # a CPU's allocator gives back when it likes
         assert many <= 1.1 * few + MIB
+
+
+@on_both
+def test_offloaded_states_are_copied_beside_computation(
+    build: Callable[..., PurifiedOPSDTrainer], device: str
+) -> None:
+    copies, shape = HostCopies(torch.device(device)), (2048, 512)
+    kept = [copies.zeros(*shape, dtype=torch.float32) for _ in range(8)]
+    for i, out in enumerate(kept):  # each source is freed at once, and its memory taken by the next
+        copies.to_host(torch.full(shape, float(i), device=device), out)
+    copies.wait()
+    assert [out.unique().tolist() for out in kept] == [[float(i)] for i in range(8)]
+    if device == "cuda":
+        assert all(out.is_pinned() for out in kept)
+        torch.cuda._sleep(2 * 10**9)  # about a second of computation
+        arriving = [copies.to_device(out) for out in kept]
+        copies.wait()
+        assert not torch.cuda.current_stream().query()  # all is there, and the computation still runs
+        assert [get().unique().tolist() for get in arriving] == [[float(i)] for i in range(8)]
+
+    gradients = []
+    for offload in (False, True):
+        trainer = build(device, torch.float32, True, offload_scores=offload, train_token_budget=200)
+        trainer._generate_single_turn = lambda ids, *_, **__: [[97 + len(one) % 7] * 8 for one in ids]  # type: ignore
+        trainer.create_optimizer()
+        trainer.current_gradient_accumulation_steps = 1
+        trainer.model.train()
+        trainer.training_step(trainer.model, [trainer.train_dataset[i] for i in range(4)], None)
+        gradients.append(flat(trainer.model))
+    assert gradients[0].norm() > 0
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-9)

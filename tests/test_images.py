@@ -3,7 +3,9 @@
 import copy
 import io
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from purified_opsd_trl.config import DEFAULT_REFERENCE_PROMPT_TEMPLATE, DEFAULT_
 from purified_opsd_trl.dataset import row_blocks
 from purified_opsd_trl.images import images_of, token_bound
 from purified_opsd_trl.multimodal import encode
+from purified_opsd_trl.rollout.served import ServedTrainer
 from purified_opsd_trl.rows import RowReader
 from tests import reference
 from tests.trainer_cases import assert_one_step, move_student, one_step
@@ -225,17 +228,20 @@ def test_a_batch_without_any_image_trains_as_text(build: Build) -> None:
     assert_one_step(trainer, rows, *expected)
 
 
-def test_a_tool_that_returns_an_image(build: Build) -> None:
-    def look() -> list:
+@pytest.mark.parametrize("shows", [True, False], ids=["image", "text"])
+def test_a_tool_that_returns_an_image_or_text(build: Build, shows: bool) -> None:
+    def look() -> Any:
         """
         Looks.
 
         Returns:
             The picture.
         """
-        return [{"type": "image", "image": picture(50, 24, 24)}, {"type": "text", "text": "seen"}]
+        return [{"type": "image", "image": picture(50, 24, 24)}, {"type": "text", "text": "seen"}] if shows else "seen"
 
     trainer = build("qwen3_vl", max_completion_length=400, tools=[look])
+    images = trainer.processing_class.image_processor
+    images.preprocess = partial(images.preprocess, return_tensors="pt")  # as those of torchvision do, and TRL expects
     move_student(trainer)
     call = [IDS["<tool_call>"], *b'\n{"name": "look", "arguments": {}}\n', IDS["</tool_call>"], 260]
     turns = iter([[call, [*b"no", 260], [*b"none", 260], call], [[*b"done", 260], [*b"there", 260]]])
@@ -252,8 +258,10 @@ def test_a_tool_that_returns_an_image(build: Build) -> None:
     loss = one_step(trainer, rows)
     own = {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
     prompt_ids, completions, tool_mask, _, tool_images = kept["out"]
-    assert [len(images) for images in tool_images] == [1, 0, 0, 1]
-    assert [completion.count(IDS["<|image_pad|>"]) for completion in completions] == [9, 0, 0, 9]
+    tool_images = tool_images or [[] for _ in rows]
+    assert [len(images) for images in tool_images] == [shows, 0, 0, shows]
+    assert [completion.count(IDS["<|image_pad|>"]) for completion in completions] == [9 * shows, 0, 0, 9 * shows]
+    assert [0 in mask for mask in tool_mask] == [True, False, False, True]  # the tool's result is there, without loss
     # The prompts describe the tool, so they are taken as they were, and the templates' text is checked elsewhere
     contexts = trainer.reader.contexts(rows, "")
     described = copy.copy(trainer.processing_class)
@@ -286,6 +294,13 @@ def test_resuming_continues_where_training_stopped(build: Build, tmp_path: Path)
     for name, parameter in whole.model.named_parameters():
         assert torch.equal(parameter, resumed.model.get_parameter(name)), name
     assert (tmp_path / "whole" / "checkpoint-3" / "processor_config.json").is_file()
+
+
+def test_images_do_not_go_to_servers_that_hold_adapters() -> None:
+    fields: dict[str, Any] = {"use_vllm": True, "vllm_mode": "server", "vllm_adapter_sync": True, "use_cpu": True}
+    trainer: Any = SimpleNamespace(args=PurifiedOPSDConfig("unused", bf16=False, **fields))
+    with pytest.raises(InputError, match="`vllm_adapter_sync` serves text alone, but rows hold images"):
+        ServedTrainer._generate_single_turn(trainer, [[1]], [[picture(0)]], {})
 
 
 # Contexts ------------------------------------------------------------------------------------------------------------

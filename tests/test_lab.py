@@ -116,9 +116,27 @@ def test_stale_rollouts_come_from_old_weights(lag: int, tmp_path: Path) -> None:
     sampled: list[torch.Tensor] = []
     own: list[torch.Tensor] = []
 
+    present: list[list[torch.Tensor]] = []  # all weights at each step, and the batch that others wrote
+    batches: list[dict[str, Any]] = []
+
     class Recorder(StaleRolloutTrainer):
+        generating = False
+
+        def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+            present.append([parameter.detach().clone() for parameter in self.model.parameters()])
+            self.generating = True
+            try:
+                return super()._generate_single_turn(*args, **kwargs)
+            finally:
+                self.generating = False
+
+        def _generate_and_score_completions(self, inputs: Any) -> Any:
+            batches.append(super()._generate_and_score_completions(inputs))
+            return batches[-1]
+
         def _load(self, weights: list[torch.Tensor]) -> None:
-            (own if len(own) < len(sampled) else sampled).append(weights[0].clone())
+            if self.generating:
+                (own if len(own) < len(sampled) else sampled).append(weights[0].clone())
             super()._load(weights)
 
     model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
@@ -139,17 +157,38 @@ def test_stale_rollouts_come_from_old_weights(lag: int, tmp_path: Path) -> None:
         decomposition_steps=0,
     )
     data = Dataset.from_list([{"prompt": PROBLEM.question, "reference": PROBLEM.reference(False)}] * 4)
-    Recorder(
+    trainer = Recorder(
         lag=lag,
         model=model,
         args=args,
         train_dataset=data,
         processing_class=AutoTokenizer.from_pretrained(BASE),
-    ).train()
+    )
+    trainer.train()
     assert len(sampled) == len(own) == 4
     for step in range(4):
         assert torch.equal(sampled[step], own[max(0, step - lag)])
         assert step == 0 or not torch.equal(own[step], own[step - 1])
+    expected = [divergence(present[step], present[max(0, step - lag)], batches[step]) for step in range(4)]
+    assert trainer.distances == pytest.approx(expected if lag else [], abs=1e-6)
+    assert not lag or expected[-1] > 1e-4
+
+
+@torch.no_grad()
+def divergence(now: list[torch.Tensor], wrote: list[torch.Tensor], batch: dict[str, Any]) -> float:
+    """Mean `KL(now || wrote)` of the written tokens, one completion after the other, without padding."""
+    log_probs, model = [], AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    for weights in (now, wrote):
+        for parameter, weight in zip(model.parameters(), weights, strict=True):
+            parameter.copy_(weight)
+        rows = []
+        for i in range(len(batch["prompt_ids"])):
+            parts = [batch[f"{part}_ids"][i][batch[f"{part}_mask"][i].bool()] for part in ("prompt", "completion")]
+            logits = model(torch.cat(parts)[None]).logits[0, len(parts[0]) - 1 : -1]
+            rows.append(logits.double().log_softmax(-1))
+        log_probs.append(torch.cat(rows))
+    terms = torch.nn.functional.kl_div(log_probs[1], log_probs[0], reduction="sum", log_target=True)
+    return float(terms) / len(log_probs[0])
 
 
 @pytest.fixture(scope="module")
@@ -184,9 +223,18 @@ def test_results_are_appended_and_read_back(tmp_path: Path) -> None:
     assert load(path)[0]["curve"] == [{"step": 0, "sampled": {"waits": 0.1235}}]
 
 
+# Runs of the grid without a result yet; docs/lab.md says so. `make lab ARGS=--full` runs them
+NOT_RUN = (
+    *(f"{world}-contrastive-s{seed}-r0" for world in ("style", "repair") for seed in range(3)),
+    *(f"style-interpolated-s{seed}-r0" for seed in (1, 2)),
+    *(f"repair-interpolated-s{seed}-r0" for seed in range(3)),
+    "repair-gated-s2-r0",
+)
+
+
 def test_the_committed_results_are_those_of_the_grid() -> None:
     names = [Run(**result["run"]).name for result in load(RESULTS)]
-    assert sorted(names) == sorted({run.name for run in full()}) and len(names) == 75
+    assert sorted([*names, *NOT_RUN]) == sorted({run.name for run in full()}) and len(names) + len(NOT_RUN) == 93
 
 
 @pytest.mark.parametrize(
@@ -196,19 +244,25 @@ def test_the_committed_results_are_those_of_the_grid() -> None:
         ("style world", "style", "purified", "purified OPSD"),
         ("repair world", "repair", "teacher", "OPSD"),
         ("repair world", "repair", "purified", "purified"),
+        ("style world", "style", "gated", "gated"),
+        ("repair world", "repair", "gated", "gated"),
+        ("style world", "style", "interpolated", "interpolated"),
     ],
 )
 def test_the_page_shows_the_committed_results(section: str, world: str, model: str, row: str) -> None:
     page = (Path(__file__).parent.parent / "docs" / "lab.md").read_text(encoding="utf-8")
     lines = [line.strip("| ").split(" | ") for line in page.split(f"| {section} |")[1].splitlines()]
-    ends = [
-        result["curve"][-1]
+    found = [
+        result
         for result in load(RESULTS)
         if setting(result["run"]) == f"{world}, answer only" and result["run"]["target"] == model
     ]
+    ends = [result["curve"][-1] for result in found]
     columns = [("sampled", "accuracy"), ("greedy", "accuracy"), ("sampled", "waits")]
     expected = [spread([end[decoding][key] for end in ends]) for decoding, key in columns]
-    assert next(line for line in lines if line[0] == row)[1:5] == ["3 x 2", *expected]
+    bases = {result["run"]["seed"] for result in found}
+    count = f"{len(bases)} x {len(found) // len(bases)}"
+    assert next(line for line in lines if line[0] == row)[1:5] == [count, *expected]
 
 
 def point(step: int, rate: float) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from purified_opsd_trl import PurifiedOPSDTrainer
 from purified_opsd_trl.backbone import packed_hidden_states, packing_is_exact, why_not_packable
-from purified_opsd_trl.collator import PurificationCollator
+from purified_opsd_trl.collator import MIN_SHARED_TOKENS, PurificationCollator
 from purified_opsd_trl.monitoring.metrics import training_metrics
 from purified_opsd_trl.packing import Forward, Packing, arrange
 from purified_opsd_trl.parts import loss_mask, take_part, with_more_forwards
@@ -90,6 +90,17 @@ def test_a_packed_row_gives_the_states_and_gradients_of_separate_forwards(family
         assert (one is None) == (other is None)
         if one is not None and other is not None:
             assert (one - other).norm() <= 2e-5 * other.norm() + 1e-6
+
+
+def test_flex_attention_gives_the_states_of_separate_forwards() -> None:
+    model = tiny("qwen3", FAMILIES["qwen3"], "flex_attention")
+    parts = sequences((11, 5, 17, 1))
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # compiling for a CPU takes a minute
+        packed = packed_hidden_states(model, *in_one_row(parts))[0]
+        eager = tiny("qwen3", FAMILIES["qwen3"], "eager").base_model
+        alone = torch.cat([eager(input_ids=part[None], use_cache=False).last_hidden_state[0] for part in parts])
+    assert (packed - alone).norm() <= 2e-6 * alone.norm()
+    assert not Packing.of_model(model.config, by_cost=True).by_cost  # it always pays
 
 
 @pytest.mark.parametrize("family", LEAKING)
@@ -185,6 +196,7 @@ class OwnTarget(PurifiedOPSDTrainer):
         return (teacher + base) / 2
 
 
+INTRODUCTION = "x" * MIN_SHARED_TOKENS  # the prompts of teacher and probe begin alike, and it is run once
 SCENARIOS: dict[str, dict[str, Any]] = {
     "accumulation": {"gradient_accumulation_steps": 2},
     "decomposition": {"decomposition_steps": 1, "decomposition_max_tokens": 7},
@@ -193,6 +205,8 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "own target": {"trainer_class": OwnTarget},
     "truncated": {"mask_truncated_completions": True, "decomposition_steps": 0},
     "multiple": {"pad_to_multiple_of": 16, "architecture": "gemma2", "model_kwargs": {"sliding_window": 16}},
+    "prefix": {"teacher_prompt_template": INTRODUCTION + "{question}{reference}", "decomposition_steps": 0}
+    | {"reference_prompt_template": INTRODUCTION + "{reference}", "model_kwargs": {"max_position_embeddings": 1024}},
     "automatic": {"scoring_token_budget": 200, "padding_free": "auto"},
 }
 KEPT = ("purification/", "loss", "entropy", "num_tokens", "grad_norm", "epistemic/", "completions/", "eval_")
@@ -214,7 +228,16 @@ def run(build: Build, scenario: str, way: str) -> tuple[dict[str, float], dict[s
     trainer._generate_single_turn = lambda *args: [ids + [260] * (len(ids) % 2) for ids in written(*args)]  # some end
     move_student(trainer)
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    batches, shared = trainer.scoring_batches, []
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        made = batches(*args, **kwargs)
+        shared.extend(batch.prefix_ids is not None for batch in made)
+        return made
+
+    trainer.scoring_batches = noted
     trainer.train()
+    assert any(shared) == (scenario == "prefix")
     logs = {**trainer.state.log_history[0], **trainer.evaluate()}
     kept = {name: value for name, value in logs.items() if name.startswith(KEPT) and "time" not in name}
     kept = {name: value for name, value in kept.items() if "second" not in name and "padding" not in name}

@@ -17,6 +17,7 @@ from purified_opsd_trl.references import OTHER_REFERENCE, other_rows
 from purified_opsd_trl.targets import DENSE_TARGETS, DenseTarget
 from tests import reference
 from tests.loss_cases import Case, make_case, relative_error
+from tests.trainer_cases import fixed_rollout, move_student
 
 
 SETTINGS = {
@@ -72,6 +73,23 @@ def test_loss_and_gradient(target: str, beta: float, head: dict[str, Any]) -> No
     torch.testing.assert_close(result.per_token.double(), per_token, rtol=1e-9, atol=1e-9)
     assert relative_error(hidden.grad, grad_hidden) < 1e-9
     assert relative_error(student.weight.grad, grad_weight) < 1e-9
+
+
+def test_the_weight_of_the_teacher_is_linear_in_the_steps(build: Callable[..., PurifiedOPSDTrainer]) -> None:
+    """Each step's loss is the one of a run with that step's constant weight, from the same state."""
+
+    def losses(**fields: Any) -> list[float]:
+        trainer = build(target="interpolated", max_steps=3, learning_rate=0.0, shuffle_dataset=False, **fields)
+        fixed_rollout(trainer)
+        move_student(trainer)
+        trainer.train()
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    found = losses(interpolation_weight=0.9, interpolation_weight_end=0.1)
+    constant = [losses(interpolation_weight=weight)[step] for step, weight in enumerate((0.9, 0.5, 0.1))]
+    assert found == pytest.approx(constant, rel=1e-6)
+    assert len(set(constant)) == 3
+    assert losses(interpolation_weight=0.9)[2] != pytest.approx(found[2], rel=1e-3)
 
 
 def test_limits() -> None:

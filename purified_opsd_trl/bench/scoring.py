@@ -22,7 +22,7 @@ from .step import Bench, StepArguments
 
 
 _ENDING = 16  # tokens of the instruction that follows in both prompts
-# `share_reference_prefix` and `padding_free`; the last beside them where lengths differ
+# `share_reference_prefix` and `padding_free`; the last beside them where lengths differ, or by name
 _CONTENDERS = {"separate": (False, "auto"), "shared prefix": (True, "auto"), "padded": (False, "false")}
 
 
@@ -122,7 +122,7 @@ def run(argv: Sequence[str]) -> int:
         trainer = make_trainer(args, device, Path(folder))
         for reference in args.reference_lengths:
             scoring_pass = ScoringPass(trainer, args, reference)
-            names = [name for name in _CONTENDERS if name != "padded" or args.lengths != "equal"]
+            names = [name for name in _CONTENDERS if name != "padded" or args.lengths != "equal" or args.contenders]
             contenders = [scoring_pass.contender(name) for name in measure.select(names, args.contenders)]
             results[reference] = measure.alternate(contenders, args.repetitions, device)
     report = {

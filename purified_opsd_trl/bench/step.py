@@ -33,7 +33,7 @@ from .measure import Contender, option
 
 _SPECIAL = ("<unk>", "<pad>", "<eos>")
 CONTENDERS = {"ours purified": "purified", "ours plain": "teacher", "TRL SDFT plain": "sdft"}
-PADDED = {"ours padded": "padded"}  # purified; beside them where lengths differ
+PADDED = {"ours padded": "padded"}  # purified; beside them where lengths differ, or by name
 SPREAD = 16  # longest over shortest completion where lengths differ
 
 
@@ -324,7 +324,7 @@ def run(argv: Sequence[str]) -> int:
     require_extra("peft", "`bench step`")
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(args, device, Path(folder))
-        names = CONTENDERS if args.lengths == "equal" else {**CONTENDERS, **PADDED}
+        names = CONTENDERS if args.lengths == "equal" and not args.contenders else {**CONTENDERS, **PADDED}
         contenders = [bench.contender(name) for name in measure.select(names, args.contenders)]
         results = measure.alternate(contenders, args.repetitions, device)
         generation = bench.generation() if args.generation else None

@@ -15,8 +15,12 @@ from ..arguments import (
     option,
 )
 from ..config import DEFAULT_REFERENCE_PROMPT_TEMPLATE, DEFAULT_TEACHER_PROMPT_TEMPLATE
+from ..errors import InputError
+from ..kernels.settings import LossSettings
 from ..markers import DEFAULT_MARKERS
 
+
+SOURCES = ("own", "other", "none")  # of references, as `reference_source` in training names them
 
 RENAMED = {
     "model": "model_name_or_path",
@@ -45,6 +49,19 @@ class DiagnoseArguments:
     teacher_prompt_template: str = option("As in training.", default=DEFAULT_TEACHER_PROMPT_TEMPLATE)
     reference_prompt_template: str = option("As in training.", default=DEFAULT_REFERENCE_PROMPT_TEMPLATE)
     chat_template_kwargs: dict[str, Any] | str | None = option("Chat template arguments, as JSON.", default=None)
+    target: str = option("Target whose signal is measured, as in training.", default="purified")
+    reference_source: list[str] = option(
+        "References under which the signal is measured: own, then the controls other and none. Default: all that the "
+        "dataset offers.",
+        default_factory=list,
+    )
+    pmi_beta: PositiveFloat = option("As in training.", default=1.0)
+    pmi_clip: Annotated[float, Range(0)] | None = option("As in training; 0 switches it off.", default=10.0)
+    pmi_center: bool = option("As in training.", default=True)
+    interpolation_weight: Annotated[float, Range(0, 1)] = option("As in training.", default=0.5)
+    contrastive_alpha: Annotated[float, Range(0)] = option("As in training.", default=0.5)
+    contrastive_floor: float = option("As in training.", default=-10.0)
+    contrastive_tau: Annotated[float, Range(0)] = option("As in training.", default=1.0)
     num_samples: PositiveInt = option("Problems, drawn at random. The paper uses 100.", default=100)
     num_pages: Annotated[int, Range(0)] = option("Samples on the per-token page.", default=8)
     alternatives: PositiveInt = option("Likely tokens shown of each distribution.", default=5)
@@ -62,6 +79,33 @@ class DiagnoseArguments:
         self.chat_template_kwargs = as_mapping("chat_template_kwargs", self.chat_template_kwargs)
         check_types(self)
         check_markers(self.epistemic_markers)
+        self.settings  # noqa: B018  # validates its fields
+        sources = self.reference_source
+        if sources and (sources[0] != "own" or sorted(sources) != sorted(set(sources) & set(SOURCES))):
+            raise InputError(
+                f"`reference_source` must begin with own, which the controls are compared with, followed by other or "
+                f"none or both, got {', '.join(sources)}."
+            )
+        if self.target == "contrastive" and (sources or ["own"]) != ["own"]:
+            raise InputError(
+                "`target: contrastive` compares the row's own reference with a wrong one and takes no control. Set "
+                "`reference_source: [own]`."
+            )
+
+    @property
+    def settings(self) -> LossSettings:
+        """What the target reads, validated."""
+        return LossSettings(
+            target=self.target,
+            temperature=self.temperature,
+            pmi_beta=self.pmi_beta,
+            pmi_clip=self.pmi_clip or None,
+            pmi_center=self.pmi_center,
+            interpolation_weight=self.interpolation_weight,
+            contrastive_alpha=self.contrastive_alpha,
+            contrastive_floor=self.contrastive_floor,
+            contrastive_tau=self.contrastive_tau,
+        )
 
     @property
     def template_kwargs(self) -> dict[str, Any]:

@@ -17,9 +17,12 @@ from ..head import LMHead
 from ..markers import TOKEN_CLASSES, MarkerCounter, TokenClassifier, distinct, has_answer
 from ..monitoring.decomposition import STATISTICS, THIRDS, decomposition_stats, summaries
 from .arguments import DiagnoseArguments
+from .controls import SIGNAL, signal
 
 
 DISTRIBUTIONS = ("student", "teacher", "reference_only", "base")
+DELTAS = ("delta_total", "delta_ref", "delta_it")
+MEASURED = (*STATISTICS, *DELTAS, *SIGNAL)  # per token and source of references
 POSITIONS = 10  # parts of a completion in the curve along it
 _CHUNK = 64  # tokens whose logits `[chunk, V]` exist at once, under four contexts
 
@@ -45,6 +48,11 @@ class Models:
                 "the adapter does not undo. Merge it into the model and pass the result as `checkpoints`."
             )
         self.student = student or self.base
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the student is another model than the base."""
+        return self.student is not self.base or hasattr(self.base.model, "disable_adapter")
 
     @contextmanager
     def frozen(self) -> Iterator[Any]:
@@ -76,6 +84,11 @@ def completions(models: Models, contexts: Sequence[Contexts], args: DiagnoseArgu
 def _ids(tokenizer: Any, prompt: Any, args: DiagnoseArguments) -> list[int]:
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
+    if tokenizer.chat_template is None:
+        raise InputError(
+            "`model_name_or_path`: the tokenizer has no chat template. For a base model set `text_prompts: true`, "
+            "with prompts that are text."
+        )
     return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True, **args.template_kwargs)[
         "input_ids"
     ]
@@ -94,38 +107,50 @@ class Meter:
     def __init__(self, models: Models, args: DiagnoseArguments):
         self.models = models
         self.args = args
+        self.settings = args.settings
         self.counter = MarkerCounter(args.epistemic_markers)
         self.classifier = TokenClassifier(models.tokenizer, self.counter)
 
     @torch.no_grad()
-    def sample(self, contexts: Contexts, completion: list[int], with_alternatives: bool) -> dict[str, Any]:
+    def sample(
+        self, contexts: Mapping[str, Contexts], completion: list[int], with_alternatives: bool
+    ) -> dict[str, Any]:
         """
-        Every number of one completion (`C` ids), in JSON types.
+        Every number of one completion (`C` ids), in JSON types, with `contexts` by source of references.
 
-        Text, counts, and per token its piece, class, log-ratios and statistics, optionally with the likely tokens of
-        each distribution.
+        Text, counts, and per token its piece, class, log-probabilities and `MEASURED` under the own reference,
+        optionally with the likely tokens of each distribution; `controls` holds `MEASURED` of the other sources.
         """
         states, heads = self._states(contexts, completion)
         labels = torch.tensor(completion, device=states["student"].device)
-        tokens: dict[str, list[Any]] = {name: [] for name in ("delta_total", "delta_ref", "delta_it", *STATISTICS)}
-        tokens |= {f"logprob_{name}": [] for name in DISTRIBUTIONS}
+        measured: dict[str, dict[str, list[Any]]] = {name: {key: [] for key in MEASURED} for name in contexts}
+        tokens: dict[str, list[Any]] = {f"logprob_{name}": [] for name in DISTRIBUTIONS}
         alternatives: list[dict[str, Any]] = []
         for start in range(0, len(completion), _CHUNK):
             chunk = slice(start, start + _CHUNK)
-            logits = {name: heads[name].logits(state[chunk]) for name, state in states.items()}
-            stats, parts = decomposition_stats(logits["student"], logits["teacher"], logits["reference_only"])
             at = labels[chunk].unsqueeze(-1)
-            for name, values in (*zip(STATISTICS, stats, strict=True), *_at_label(parts._asdict(), at, "delta_")):
-                tokens[name] += _rounded(values)
-            log_probs = {name: torch.log_softmax(values, dim=-1) for name, values in logits.items()}
-            for name, values in _at_label(log_probs, at, "logprob_"):
-                tokens[name] += _rounded(values)
-            if with_alternatives:
-                alternatives += self._alternatives(log_probs)
+            shared = {name: heads[name].logits(states[name][chunk]) for name in ("student", "base")}
+            own = None
+            for source in contexts:
+                seen = {key[1]: state[chunk] for key, state in states.items() if key[0] == source}
+                logits = {**shared, **{name: heads["base"].logits(state) for name, state in seen.items()}}
+                stats, parts = decomposition_stats(logits["student"], logits["teacher"], logits["reference_only"])
+                values, tilts = signal(logits, parts, self.settings, own)
+                columns = {**stats._asdict(), **values._asdict(), **dict(_at_label(parts._asdict(), at, "delta_"))}
+                for name, column in columns.items():
+                    measured[source][name] += _rounded(column)
+                if own is None:
+                    own = tilts
+                    log_probs = {name: torch.log_softmax(logits[name], dim=-1) for name in DISTRIBUTIONS}
+                    for name, column in _at_label(log_probs, at, "logprob_"):
+                        tokens[name] += _rounded(column)
+                    if with_alternatives:
+                        alternatives += self._alternatives(log_probs)
         text: str = self.models.tokenizer.decode(completion, skip_special_tokens=True)
+        first, *controls = contexts
         return {
-            "prompt": _text(contexts.base),
-            "reference_prompt": _text(contexts.reference_only),
+            "prompt": _text(contexts[first].base),
+            "reference_prompt": _text(contexts[first].reference_only),
             "completion": text,
             "answered": has_answer(text),
             "distinct_2": distinct(completion, 2),
@@ -133,25 +158,32 @@ class Meter:
             "pieces": self.classifier.pieces(completion),
             "classes": self.classifier.classify(completion),
             **tokens,
+            **measured[first],
+            "controls": {
+                name: {"reference_prompt": _text(contexts[name].reference_only), **measured[name]} for name in controls
+            },
             **({"alternatives": alternatives} if with_alternatives else {}),
         }
 
-    def _states(self, contexts: Contexts, completion: list[int]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    def _states(
+        self, contexts: Mapping[str, Contexts], completion: list[int]
+    ) -> tuple[dict[Any, torch.Tensor], dict[str, LMHead]]:
+        """States `[C, H]` of `"student"`, `"base"` and `(source, context)`, and the heads of the first two."""
         temperature = self.args.temperature
-        prompts = (contexts.base, contexts.teacher, contexts.reference_only, contexts.base)
-        ids = {
-            name: _ids(self.models.tokenizer, prompt, self.args)
-            for name, prompt in zip(DISTRIBUTIONS, prompts, strict=True)
-        }
-        states, heads = {}, {}
-        with self.models.trained() as model:
-            states["student"] = _hidden(model, ids["student"], completion)
-            heads["student"] = LMHead.from_model(model, temperature)
+        prompts: dict[Any, Any] = {}
+        for source, own in contexts.items():
+            prompts["base"] = own.base
+            prompts |= {(source, "teacher"): own.teacher, (source, "reference_only"): own.reference_only}
+            prompts |= {(source, "wrong"): own.wrong} if own.wrong is not None else {}
+        ids = {name: _ids(self.models.tokenizer, prompt, self.args) for name, prompt in prompts.items()}
         with self.models.frozen() as model:
-            head = LMHead.from_model(model, temperature)
-            for name in DISTRIBUTIONS[1:]:
-                states[name] = _hidden(model, ids[name], completion)
-                heads[name] = head
+            states = {name: _hidden(model, prompt, completion) for name, prompt in ids.items()}
+            heads = {"base": LMHead.from_model(model, temperature)}
+        states["student"], heads["student"] = states["base"], heads["base"]
+        if self.models.is_trained:
+            with self.models.trained() as model:
+                states["student"] = _hidden(model, ids["base"], completion)
+                heads["student"] = LMHead.from_model(model, temperature)
         return states, heads
 
     def _alternatives(self, log_probs: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
@@ -183,20 +215,37 @@ def summarize(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """
     Statistics over the tokens of all samples: overall, by third, by class, along the completion; and counts on texts.
 
-    `groups[name]` holds `tokens`, `SUMMARIES`, and the mean log-ratios of the sampled token.
+    `groups[name]` holds `tokens`, `SUMMARIES`, and the means of `DELTAS` and `SIGNAL`; `controls` the same by source.
     """
-    deltas = ("delta_total", "delta_ref", "delta_it")
+    tokens = max(sum(len(sample["pieces"]) for sample in samples), 1)
+    markers = {name: sum(s["markers"][name] for s in samples) for name in (samples[0]["markers"] if samples else ())}
+    controls = samples[0]["controls"] if samples else ()
+    return {
+        "samples": len(samples),
+        "tokens": sum(len(sample["pieces"]) for sample in samples),
+        "mean_length": sum(len(sample["pieces"]) for sample in samples) / max(len(samples), 1),
+        "answer_rate": sum(s["answered"] for s in samples) / max(len(samples), 1),
+        "distinct_2": sum(s["distinct_2"] for s in samples) / max(len(samples), 1),
+        "markers_per_1k": {name: 1000 * count / tokens for name, count in markers.items()},
+        **_grouped(samples, samples),
+        "controls": {name: _grouped(samples, [sample["controls"][name] for sample in samples]) for name in controls},
+    }
+
+
+def _grouped(samples: Sequence[dict[str, Any]], measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """`groups` and `along_completion` of what one source of references measured on the samples."""
     rows = [
-        ([sample[name][i] for name in (*STATISTICS, *deltas)], i / len(sample["pieces"]), sample["classes"][i])
-        for sample in samples
+        ([values[name][i] for name in MEASURED], i / len(sample["pieces"]), sample["classes"][i])
+        for sample, values in zip(samples, measured, strict=True)
         for i in range(len(sample["pieces"]))
     ]
 
     def over(chosen: list[list[float]]) -> dict[str, Any]:
         if not chosen:
             return {"tokens": 0}
-        columns = dict(zip((*STATISTICS, *deltas), torch.tensor(chosen, dtype=torch.float64).T, strict=True))
-        return {"tokens": len(chosen), **summaries(columns), **{name: columns[name].mean().item() for name in deltas}}
+        columns = dict(zip(MEASURED, torch.tensor(chosen, dtype=torch.float64).T, strict=True))
+        means = {name: columns[name].mean().item() for name in (*DELTAS, *SIGNAL)}
+        return {"tokens": len(chosen), **summaries(columns), **means}
 
     groups = {"all": over([values for values, _, _ in rows])}
     for third, name in enumerate(THIRDS):
@@ -204,15 +253,4 @@ def summarize(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for kind, name in enumerate(TOKEN_CLASSES):
         groups[name] = over([values for values, _, own in rows if own == kind])
     along = [over([values for values, place, _ in rows if int(POSITIONS * place) == p]) for p in range(POSITIONS)]
-    tokens = max(len(rows), 1)
-    markers = {name: sum(s["markers"][name] for s in samples) for name in (samples[0]["markers"] if samples else ())}
-    return {
-        "samples": len(samples),
-        "tokens": len(rows),
-        "mean_length": len(rows) / max(len(samples), 1),
-        "answer_rate": sum(s["answered"] for s in samples) / max(len(samples), 1),
-        "distinct_2": sum(s["distinct_2"] for s in samples) / max(len(samples), 1),
-        "markers_per_1k": {name: 1000 * count / tokens for name, count in markers.items()},
-        "groups": groups,
-        "along_completion": along,
-    }
+    return {"groups": groups, "along_completion": along}

@@ -8,6 +8,7 @@ from typing import Any
 from ..markers import TOKEN_CLASSES
 from ..monitoring.decomposition import NAMES, SUMMARIES, share_in_words
 from ..monitoring.page import Series, facts, line_chart, origin_facts, page, table, template
+from .controls import by_source, sentences, table_rows
 from .measure import DISTRIBUTIONS
 
 
@@ -37,12 +38,17 @@ def verdict(summary: dict[str, Any]) -> str:
     return text
 
 
-def print_verdict(student: dict[str, Any]) -> None:
-    """Prints the verdict and the statistics of one student."""
+def print_verdict(student: dict[str, Any], target: str) -> None:
+    """Prints the verdict and the statistics of one student, then the signal of the target by source of references."""
     overall = student["summary"]["groups"]["all"]
     print(f"{student['label']}: {verdict(student['summary'])}")
     for name in ("cos_total_ref", "cos_total_it", "norm_ratio_ref", "median_norm_ratio_ref"):
         print(f"  {NAMES[name]:26} plain {overall[name]:7.3f}   weighted {overall['mass_' + name]:7.3f}")
+    print(f"  {'references':30}" + "".join(f"{source:>9}" for source in by_source(student["summary"])))
+    for text, *values in table_rows(student["summary"], target):
+        print(f"  {text:30}" + "".join(f"{value:9.3f}" for value in values))
+    for sentence in sentences(student["summary"], target):
+        print(f"  {sentence}")
 
 
 def _charts(students: Sequence[dict[str, Any]]) -> str:
@@ -98,7 +104,7 @@ def html_page(diagnosis: dict[str, Any]) -> str:
             template("diagnosis.html").replace("{key}", _key()),
             f'<h2>Curves</h2><div class="charts">{_charts(students)}</div>',
             "<h2>Tables</h2>",
-            *(_tables(student) for student in students),
+            *(_tables(student, diagnosis["settings"]["target"]) for student in students),
             f"<h2>Settings</h2>{table(settings, ('setting', 'value'), 'Settings')}",
         )
     )
@@ -118,7 +124,7 @@ def _title(prompt: str) -> str:
     return text if len(text) <= 60 else text[:59] + "…"
 
 
-def _tables(student: dict[str, Any]) -> str:
+def _tables(student: dict[str, Any], target: str) -> str:
     summary, label = student["summary"], student["label"]
     columns = ("tokens", *SUMMARIES, "delta_ref", "delta_it")
     rows = [[name.replace("_", " "), *(g.get(c, "") for c in columns)] for name, g in summary["groups"].items()]
@@ -133,6 +139,12 @@ def _tables(student: dict[str, Any]) -> str:
     return (
         f"<h3>{html.escape(label)}</h3><p>{html.escape(verdict(summary))}</p>"
         + table(rows, header, f"{label}: statistics of the signal; Δ: log-ratio of the sampled token, in nats")
+        + "".join(f"<p>{html.escape(sentence)}</p>" for sentence in sentences(summary, target))
+        + table(
+            table_rows(summary, target),
+            ("mean over tokens", *by_source(summary)),
+            f"{label}: the signal of the target {target} by the reference that teacher and probe see",
+        )
         + table(wrote, ("completions", "value"), f"{label}: what the student wrote")
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from trl import DatasetMixtureConfig
 
-from ..contexts import Contexts, build_contexts
+from ..contexts import Contexts
 from ..env import run_versions
 from ..errors import InputError
 from ..evaluate.backends import TransformersBackend
@@ -19,12 +19,13 @@ from ..evaluate.targets import find_targets
 from ..images import images_of
 from ..loading import PurifiedOPSDScriptArguments, load_splits, map_columns, pick_split
 from .arguments import DiagnoseArguments
+from .controls import contexts_of, with_sources
 from .measure import Meter, Models, completions, summarize
 from .render import html_page, print_verdict
 
 
-def load_contexts(args: DiagnoseArguments) -> list[Contexts]:
-    """The prompts of a random choice of rows; an [`InputError`] names a row that cannot be used."""
+def load_contexts(args: DiagnoseArguments) -> list[dict[str, Contexts]]:
+    """The prompts of a random choice of rows, by source; an [`InputError`] names a row that cannot be used."""
     script_args = PurifiedOPSDScriptArguments(
         dataset_name=args.dataset_name,
         dataset_config=args.dataset_config,
@@ -36,20 +37,14 @@ def load_contexts(args: DiagnoseArguments) -> list[Contexts]:
     )
     dataset = pick_split(load_splits(script_args, DatasetMixtureConfig()), args.dataset_split, "dataset_split")
     dataset = map_columns(dataset, script_args)
+    dataset, seen = with_sources(dataset, args, script_args.mapped_reference_column or args.dataset_reference_column)
     chosen = sorted(random.Random(args.seed).sample(range(len(dataset)), min(args.num_samples, len(dataset))))
     contexts = []
     for index in chosen:
         row: Mapping[str, Any] = dataset[index]
         try:
-            contexts.append(
-                build_contexts(
-                    row,
-                    reference_column=script_args.mapped_reference_column or args.dataset_reference_column,
-                    teacher_prompt_template=args.teacher_prompt_template,
-                    reference_prompt_template=args.reference_prompt_template,
-                )
-            )
-            if images_of(contexts[-1].base):
+            contexts.append(contexts_of(row, seen))
+            if images_of(contexts[-1]["own"].base):
                 raise InputError("the prompt holds images, but `diagnose` reads text alone. Leave such rows out.")
         except InputError as error:
             raise InputError(f"{args.dataset_name}, row {index}, {error}") from None
@@ -83,7 +78,7 @@ def diagnose(args: DiagnoseArguments) -> dict[str, Any]:
         student = TransformersBackend(target.model, args.dtype, args.batch_size) if own else None
         models.use(student, target.adapter)
         students.append({"label": target.label, "step": _step(target.label), **_measure(models, contexts, args)})
-        print_verdict(students[-1])
+        print_verdict(students[-1], args.target)
     diagnosis = {
         "model": args.model_name_or_path,
         "dataset": args.dataset_name,
@@ -117,10 +112,10 @@ def _step(label: str) -> int:
     return int(number) if found and number.isdigit() else 0
 
 
-def _measure(models: Models, contexts: Sequence[Contexts], args: DiagnoseArguments) -> dict[str, Any]:
+def _measure(models: Models, contexts: Sequence[dict[str, Contexts]], args: DiagnoseArguments) -> dict[str, Any]:
     meter = Meter(models, args)
     samples: list[dict[str, Any]] = []
-    for index, ids in enumerate(completions(models, contexts, args)):
+    for index, ids in enumerate(completions(models, [sources["own"] for sources in contexts], args)):
         if ids:  # an empty completion has no token to measure
             samples.append(meter.sample(contexts[index], ids, with_alternatives=len(samples) < args.num_pages))
     if not samples:

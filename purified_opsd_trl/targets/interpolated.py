@@ -7,8 +7,8 @@ target = softmax((1 - w) z_base + w z_teacher)      w = interpolation_weight
 
 `z` are logits; on log-probabilities the result is the same, as normalizers cancel. It is the normalized weighted
 geometric mean of the two distributions, and the maximizer of `w E_P[log pi_T - log P_0] - KL(P || P_0)`. Weight 0 is
-the base, 1 the teacher. Proposed as beta-OPSD in arXiv 2607.28582, implemented from its formula alone, with a constant
-weight.
+the base, 1 the teacher. Proposed as beta-OPSD in arXiv 2607.28582, implemented from its formula alone. The weight is
+constant, or linear in the steps up to `interpolation_weight_end`: the trainer sets it at each step.
 """
 
 from torch import Tensor

@@ -14,12 +14,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from purified_opsd_trl.targets import DENSE_TARGETS
 from recipes.lab.run import Run
 
 
 RESULTS = Path(__file__).parent / "results.jsonl"
 COLORS = {"base": "#6b7280", "teacher": "#c2410c", "purified": "#1d4ed8"}
-NAMES = {"base": "base", "teacher": "OPSD", "purified": "purified OPSD"}
+NAMES = {"base": "base", "teacher": "OPSD", "purified": "purified OPSD"} | {name: name for name in DENSE_TARGETS}
 
 
 def load(path: Path) -> list[dict[str, Any]]:
@@ -101,7 +102,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
 
     Args:
         results (`list[dict]`):
-            Results; only those with every setting at its default are drawn.
+            Results; of those with every setting at its default the base, OPSD and purified OPSD are drawn.
         path (`Path`):
             PNG to write.
     """
@@ -111,7 +112,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     runs = {
-        world: [r for r in results if setting(r["run"]) == f"{world}, answer only"]
+        world: [r for r in results if setting(r["run"]) == f"{world}, answer only" and r["run"]["target"] in COLORS]
         for world in sorted({r["run"]["world"] for r in results}, reverse=True)
     }
     runs = {world: found for world, found in runs.items() if found}

@@ -9,6 +9,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from purified_opsd_trl.targets import DENSE_TARGETS
 from recipes.lab.figure import LAGS, RESULTS, SLOW, SWEEP, draw, draw_settings, load, table
 from recipes.lab.pretrain import pretrain
 from recipes.lab.run import Run, distil, save
@@ -33,6 +34,12 @@ def full() -> list[Run]:
         for run in both(world=world, seed=seed, repeat=repeat)
     ]
     runs += [run for seed in seeds for run in both(world="repair", rich=True, seed=seed)]
+    runs += [
+        Run(target=target, world=world, seed=seed)
+        for target in DENSE_TARGETS
+        for seed in seeds
+        for world in ("style", "repair")
+    ]
     runs += [run for seed in seeds for lag in (0, 4, 16) for run in both(lag=lag, seed=seed, **SLOW)]
     runs += [run for seed in seeds for run in both(rich=True, seed=seed)]
     for change in ({"pmi_clip": 2.0}, {"pmi_beta": 0.5}, {"pmi_beta": 2.0}):

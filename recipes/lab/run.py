@@ -42,7 +42,7 @@ class Run:
         repeat (`int`):
             Seed of the distillation.
         target (`str`):
-            `purified`, or `teacher` for plain OPSD.
+            `purified`, `teacher` for plain OPSD, or another target.
         rich (`bool`):
             Whether the reference holds the sorted intermediate values as well.
         pmi_beta, pmi_clip (`float`):

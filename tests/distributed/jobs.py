@@ -21,6 +21,8 @@ from transformers import set_seed
 from purified_opsd_trl import PurifiedOPSDConfig, PurifiedOPSDTrainer
 from purified_opsd_trl.config import REFERENCE_FIRST_TEACHER_PROMPT_TEMPLATE
 
+from ..vision import build_processor, build_vlm, image_rows
+
 
 GLOBAL_BATCH = 4  # rows of an optimizer step, however many processes share them
 PROBE = torch.tensor([[65, 66, 67, 97, 98, 99, 100, 101], [72, 73, 74, 75, 76, 77, 78, 79]])  # ids of two sequences
@@ -35,8 +37,9 @@ class Job:
         name (`str`): folder of its output.
         kind (`str`): `teacher_model_kind`.
         lora (`bool`): whether an adapter is trained.
-        data (`str`): `"even"`, one epoch of 16 rows; `"epochs"`, three of them; or `"skewed"`, one epoch of 18 rows
-            that are 40 times as long on the first process.
+        data (`str`): `"even"`, one epoch of 16 rows; `"epochs"`, three of them; `"skewed"`, one epoch of 18 rows
+            that are 40 times as long on the first process; or `"images"`, 16 rows of which some have an image, and a
+            vision-language model.
         stages (`tuple`): what else to do: `"evaluate"`, `"save"` (and reload), `"sample"` (rollouts at random instead
             of greedily), `"checkpoints"` (after every second step), `"die_in_step"` and `"die_in_write"` (the process
             kills itself in its third step, or while it writes its second checkpoint), `"stop_in_step"` (it sends
@@ -76,6 +79,9 @@ def rows(data: str) -> Dataset:
         solution = f"{i} + {i + 7} = {2 * i + 7}. " * (40 if long else 1 + i % 3)
         return {"prompt": [{"role": "user", "content": question}], "reference": solution}
 
+    if data == "images":
+        seen = [{**row, "images": [row.pop("image")]} for row in image_rows(16)]
+        return Dataset.from_list([{**row, "images": None} if i % 3 == 1 else row for i, row in enumerate(seen)])
     return Dataset.from_list([row(i) for i in range(18 if data == "skewed" else 16)])
 
 
@@ -123,14 +129,18 @@ def build(job: Job, model_dir: str, folder: Path, num_processes: int, deepspeed:
         fields |= {"vllm_server_base_url": job.server, "learning_rate": 2e-2}
         fields |= {"generation_kwargs": {"temperature": 0.0}, "vllm_server_timeout": 5.0}
     lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "up_proj"], task_type="CAUSAL_LM")
+    model: Any = model_dir
+    if job.data == "images":
+        model, fields["model_init_kwargs"] = build_vlm("qwen3_vl"), None
     trainer = PurifiedOPSDTrainer(
-        model=model_dir,
+        model=model,
+        processing_class=build_processor("qwen3_vl") if job.data == "images" else None,
         args=PurifiedOPSDConfig(**fields),
         train_dataset=rows(job.data),
         eval_dataset=rows("even").select(range(5)),  # five rows: the last evaluation batch is uneven on two processes
         peft_config=lora if job.lora else None,
     )
-    if skewed:
+    if skewed or job.data == "images":
         ragged_rollout(trainer)
     main = trainer.accelerator.is_main_process
     if "die_in_step" in job.stages and main:

@@ -163,6 +163,14 @@ def test_packed_parts_give_the_losses_and_gradients_of_padding(
 
 
 @pytest.mark.distributed
+def test_images_give_the_losses_of_one_process(model_dir: Path, tmp_path: Path) -> None:
+    # Under DDP processes may have different numbers of images, and one of them none; sharded ones must not (images.md)
+    job = Job("images", data="images")
+    figures = World("ddp", [job], model_dir, tmp_path / "ddp").start().wait().figures(job.name)
+    assert_same_losses(run(job, str(model_dir), tmp_path / "alone" / job.name, 1), figures)
+
+
+@pytest.mark.distributed
 @pytest.mark.parametrize("backend", SHARDED)
 def test_a_head_that_is_the_embedding(make_model_dir: Callable[..., Path], tmp_path: Path, backend: str) -> None:
     # One weight, sharded once, with the gradients of both of its uses
