@@ -3,7 +3,7 @@ The CUDA path without a GPU: every variant of the Triton kernel compiled ahead o
 operators that only CUDA has looked up in the installed torch.
 
 The loss itself says which variants there are: it runs here on the CPU, and what reaches the row transform goes to the
-compiler. `python -m tests.test_triton_compile` prints the table of resources in docs/kernels.md.
+compiler. `python -m tests.test_triton_compile` prints the table of resources in docs/LOG.md.
 """
 
 import itertools
