@@ -161,7 +161,7 @@ def test_a_failing_self_check_is_one_of_the_parts(
     head = LMHead.from_model
 
     def scaled(model: Any, temperature: float = 1.0) -> LMHead:
-        return replace(head(model, temperature), logit_scale=1.25)  # as if this architecture scaled its logits unnoticed
+        return replace(head(model, temperature), logit_scale=1.25)  # as if unnoticed in this architecture
 
     monkeypatch.setattr(LMHead, "from_model", staticmethod(scaled))
     status, output = printed(capsys, words)
