@@ -100,7 +100,8 @@ def test_training_from_the_shell_and_resuming(recipe: Callable[..., list[str]], 
     assert "had defaults used instead" not in first.stderr and "gemm_4bit_forward" not in first.stderr
     if not torch.accelerator.is_available():
         assert first.stderr.count("There is no accelerator: training runs on the CPU (`use_cpu: true`).") == 1
-    assert max(map(len, first.stdout.splitlines())) <= 160
+    # DeepSpeed, where it is installed, says longer things
+    assert max(len(line) for line in first.stdout.splitlines() if "real_accelerator.py" not in line) <= 160
     out = tmp_path / "out"
     assert (out / "adapter_model.safetensors").is_file()
     assert "2607.02234" in (out / "README.md").read_text()
