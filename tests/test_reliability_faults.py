@@ -304,6 +304,19 @@ def test_a_signal_to_the_command_reaches_every_process(
         parent.wait()
 
 
+def test_an_error_of_two_processes_is_one_line(model_dir: Path, tmp_path: Path) -> None:
+    two = ["--accelerate_config", str(ROOT / "recipes" / "accelerate_configs" / "cpu.yaml")]
+    words = command(model_dir, tmp_path, *two)
+    with open(tmp_path / "data.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps({"prompt": [{"role": "user", "content": "what is 1 + 8?"}], "reference": None}) + "\n")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=SECONDS)
+    said = [line for line in (result.stdout + result.stderr).splitlines() if "error" in line.lower()]
+    assert result.returncode == 2 and len(said) == 1, result.stdout + result.stderr
+    assert said[0].startswith("error: ") and "`reference`" in said[0] and "line 17" in said[0]
+    assert "Traceback" not in result.stdout + result.stderr
+
+
 # Several processes ---------------------------------------------------------------------------------------------------
 
 
