@@ -80,7 +80,7 @@ def rows(data: str) -> Dataset:
         return {"prompt": [{"role": "user", "content": question}], "reference": solution}
 
     if data == "images":
-        seen = [{**row, "images": [row.pop("image")]} for row in image_rows(16)]
+        seen = [{"images": [row.pop("image")], **row} for row in image_rows(16)]
         return Dataset.from_list([{**row, "images": None} if i % 3 == 1 else row for i, row in enumerate(seen)])
     return Dataset.from_list([row(i) for i in range(18 if data == "skewed" else 16)])
 
