@@ -7,17 +7,9 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from purified_opsd_trl import build_contexts
 from purified_opsd_trl.rows import RowReader, token_bound
 
-
-def build(row: dict[str, Any]):
-    return build_contexts(
-        row,
-        reference_column="reference",
-        teacher_prompt_template="Q: {question} R: {reference}",
-        reference_prompt_template="R: {reference}",
-    )
+from .dataset_cases import build
 
 
 def reason(tokenizer, prompt: Any = "q", reference: Any = "r", **columns: Any) -> str | None:

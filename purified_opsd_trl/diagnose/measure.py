@@ -217,16 +217,16 @@ def summarize(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     `groups[name]` holds `tokens`, `SUMMARIES`, and the means of `DELTAS` and `SIGNAL`; `controls` the same by source.
     """
-    tokens = max(sum(len(sample["pieces"]) for sample in samples), 1)
+    tokens = sum(len(sample["pieces"]) for sample in samples)
     markers = {name: sum(s["markers"][name] for s in samples) for name in (samples[0]["markers"] if samples else ())}
     controls = samples[0]["controls"] if samples else ()
     return {
         "samples": len(samples),
-        "tokens": sum(len(sample["pieces"]) for sample in samples),
-        "mean_length": sum(len(sample["pieces"]) for sample in samples) / max(len(samples), 1),
+        "tokens": tokens,
+        "mean_length": tokens / max(len(samples), 1),
         "answer_rate": sum(s["answered"] for s in samples) / max(len(samples), 1),
         "distinct_2": sum(s["distinct_2"] for s in samples) / max(len(samples), 1),
-        "markers_per_1k": {name: 1000 * count / tokens for name, count in markers.items()},
+        "markers_per_1k": {name: 1000 * count / max(tokens, 1) for name, count in markers.items()},
         **_grouped(samples, samples),
         "controls": {name: _grouped(samples, [sample["controls"][name] for sample in samples]) for name in controls},
     }

@@ -112,8 +112,14 @@ def decomposition_stats(
 
 
 def _stats(total: torch.Tensor, ref: torch.Tensor, it: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    norm_total, norm_ref = (torch.linalg.vector_norm(x, dim=-1) for x in (total, ref))
-    return cosine(total, ref), cosine(total, it), _ratio(norm_ref, norm_total), norm_total, norm_ref
+    norm_total, norm_ref, norm_it = (torch.linalg.vector_norm(x, dim=-1) for x in (total, ref, it))
+    return (
+        _ratio(torch.linalg.vecdot(total, ref), norm_total * norm_ref),
+        _ratio(torch.linalg.vecdot(total, it), norm_total * norm_it),
+        _ratio(norm_ref, norm_total),
+        norm_total,
+        norm_ref,
+    )
 
 
 def cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

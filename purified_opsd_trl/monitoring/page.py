@@ -131,13 +131,19 @@ def line_chart(title: str, series: Series, *, x_label: str = "step", description
     rows = [
         [number(x), *("" if (y := values[name].get(x)) is None else y for name in series)] for x in sorted(set(xs))
     ]
+    numbers = table(rows, [x_label, *series], f"{title}: numbers")
+    return figure(title, description, (_WIDTH, _HEIGHT), parts, numbers, f'<ul class="legend">{"".join(legend)}</ul>')
+
+
+def figure(
+    title: str, description: str, size: tuple[int, int], parts: Sequence[str], numbers: str, legend: str = ""
+) -> str:
+    """A picture of SVG elements on a canvas of this size, with the table of its numbers below, folded."""
     label = html.escape(f"{title}. {description} The table below holds its numbers.", quote=True)
     note = f'<p class="muted">{html.escape(description)}</p>' if description else ""
-    numbers = table(rows, [x_label, *series], f"{title}: numbers")
     return (
         f"<figure><figcaption>{html.escape(title)}</figcaption>{note}"
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
-        f'<ul class="legend">{"".join(legend)}</ul>'
+        f'<svg viewBox="0 0 {size[0]} {size[1]}" role="img" aria-label="{label}">{"".join(parts)}</svg>{legend}'
         f"<details><summary>Numbers of “{html.escape(title)}”</summary>{numbers}</details></figure>"
     )
 

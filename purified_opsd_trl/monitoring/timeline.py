@@ -4,7 +4,7 @@ import html
 from collections.abc import Sequence
 from typing import Any
 
-from .page import table
+from .page import figure, table
 
 
 _WIDTH, _LEFT, _RIGHT, _LANE, _BAR, _BOTTOM = 480, 60, 8, 26, 18, 34
@@ -56,12 +56,8 @@ def timeline(rollouts: Sequence[tuple[int, Any]], end: float) -> str:
         for step, rollout in rollouts
     ]
     title = f"Who worked when: the last {len(rollouts)} steps" if len(rollouts) > 1 else "Who worked when"
-    return (
-        f"<figure><figcaption>{title}</figcaption>"
-        f'<p class="muted">{text}</p>{_picture(lanes, span, f"{title}. {text}")}'
-        f"<details><summary>Numbers of “{title}”</summary>"
-        f"{table(rows, _COLUMNS, 'Seconds from the beginning of the picture')}</details></figure>"
-    )
+    numbers = table(rows, _COLUMNS, "Seconds from the beginning of the picture")
+    return figure(title, text, (_WIDTH, len(lanes) * _LANE + _BOTTOM), _picture(lanes, span), numbers)
 
 
 def _covered(bars: Sequence[Bar], span: float) -> float:
@@ -84,7 +80,8 @@ def _lanes(bars: Sequence[Bar]) -> list[list[Bar]]:
     return lanes or [[]]
 
 
-def _picture(lanes: Sequence[tuple[str, Sequence[Bar]]], span: float, label: str) -> str:
+def _picture(lanes: Sequence[tuple[str, Sequence[Bar]]], span: float) -> list[str]:
+    """SVG elements: a row of bars per lane, and the seconds below."""
     scale = (_WIDTH - _LEFT - _RIGHT) / span
     parts = []
     for i, (name, bars) in enumerate(lanes):
@@ -104,5 +101,4 @@ def _picture(lanes: Sequence[tuple[str, Sequence[Bar]]], span: float, label: str
     for share in (0, 0.25, 0.5, 0.75, 1):
         x, anchor = _LEFT + share * span * scale, "end" if share == 1 else "middle"
         parts.append(f'<text x="{x:.1f}" y="{bottom}" text-anchor="{anchor}">{share * span:.3g} s</text>')
-    size = f'viewBox="0 0 {_WIDTH} {len(lanes) * _LANE + _BOTTOM}"'
-    return f'<svg {size} role="img" aria-label="{html.escape(label, quote=True)}">{"".join(parts)}</svg>'
+    return parts

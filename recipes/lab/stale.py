@@ -1,6 +1,8 @@
 """Rollouts from old weights, as in asynchronous pipelines."""
 
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,25 +35,27 @@ class StaleRolloutTrainer(PurifiedOPSDTrainer):
         """Stores the student's weights and drops those older than the lag."""
         self.snapshots.append([parameter.detach().clone() for parameter in self.model.parameters()])
 
-    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+    @contextmanager
+    def _weights_that_write(self) -> Iterator[None]:
         own = [parameter.detach().clone() for parameter in self.model.parameters()]
         self._load(self.snapshots[0])
         try:
-            return super()._generate_single_turn(*args, **kwargs)
+            yield
         finally:
             self._load(own)
 
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        with self._weights_that_write():
+            return super()._generate_single_turn(*args, **kwargs)
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
-        if len(self.snapshots) > 1:
-            now, own = self._log_probs(output), [parameter.detach().clone() for parameter in self.model.parameters()]
-            self._load(self.snapshots[0])
-            wrote = self._log_probs(output)
-            self._load(own)
+        if self.snapshots.maxlen != 1:  # with a lag
+            now = self._log_probs(output)
+            with self._weights_that_write():
+                wrote = self._log_probs(output)
             written = output["completion_mask"].bool()
             self.distances.append(float((now.exp() * (now - wrote)).sum(-1)[written].mean()))
-        elif self.snapshots.maxlen > 1:
-            self.distances.append(0.0)
         return output
 
     @torch.no_grad()
